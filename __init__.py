@@ -1,0 +1,31 @@
+"""vacli turns videos of people into valence-arousal curves: two stages around a cached feature store."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+class VacliError(Exception):
+    """A mishap the user can mend: its text says what came, what was wanted and how to mend it."""
+
+
+def lookup(table: Mapping[str, str], name: str, kind: str) -> Any:
+    """The object a name stands for, imported only now.
+
+    `table` maps names to "package.module:Attribute"; any such path works as a name too, so a user's own
+    encoder needs no line in the project. Raises VacliError that lists the known names.
+    """
+    path = table.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        raise VacliError(
+            f"unknown {kind} {name!r}; known: {', '.join(sorted(table))}; or your own as package.module:Name"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise VacliError(f"{kind} {name!r} cannot be imported: {e}; wanted package.module:Name") from e

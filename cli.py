@@ -1,0 +1,372 @@
+"""The roof: every command of vacli is its options and one call; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import VacliError, __version__
+
+if TYPE_CHECKING:
+    from .extract.run import Encoder, Outcome
+    from .store import Store
+    from .temporal.predict import Run
+
+
+class _Told(click.Group):
+    """A user's mistake is one line and exit code 1; Ctrl-C says how to go on. Never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VacliError as e:
+            raise click.ClickException(" ".join(str(e).split())) from e
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what is done is kept, the same command goes on from there", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Told, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vacli")
+def main() -> None:
+    """Videos of people in, valence and arousal for every frame out.
+
+    \b
+    make features DATA=dir/          (or: vacli extract dir/)
+    vacli train --head mamba
+    vacli predict --video dir/
+    """
+
+
+_STORE = click.option("--store", default="features.zarr", show_default=True, help="The feature store.")
+_RUNS = click.option("--runs", default="runs", show_default=True, help="The folder of trained runs.")
+_OPTIONS = click.option(
+    "-o", "options", multiple=True, metavar="NAME.KEY=VALUE", help="An encoder's option, as mae.weights=FILE."
+)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--train", default=24, show_default=True, help="Training videos.")
+@click.option("--validation", default=8, show_default=True, help="Validation videos, of other puppets.")
+@click.option("--length-s", default=60.0, show_default=True, help="Seconds of each video.")
+@click.option("--rate-hz", default=10.0, show_default=True, help="Frames per second.")
+@click.option("--seed", default=0, show_default=True)
+def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: float, seed: int) -> None:
+    """Make a data set of talking puppets with known valence and arousal, in the Aff-Wild2 layout."""
+    from tqdm import tqdm
+
+    from .extract.synthetic import make_puppets
+
+    with tqdm(total=train + validation, desc="puppets", unit="video", mininterval=1) as bar:
+        ids = make_puppets(
+            folder, train, validation, length_s, rate_hz, seed, on_video=lambda _: bar.update()
+        )
+        bar.update(len(ids) - bar.n)
+    click.echo(f"{len(ids)} puppet videos in {folder}")
+
+
+@main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@_STORE
+@click.option(
+    "--encoder", "names", multiple=True, default=("mae", "logmel"), show_default=True,
+    help="An encoder by name, or NAME=ENCODER to call its track NAME. May be repeated.",
+)  # fmt: skip
+@_OPTIONS
+def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """Compute the features of every video in DATA that the store does not have yet.
+
+    DATA is a folder of videos, one video, or the Aff-Wild2 layout (its aligned crops and annotations are used).
+    """
+    from .extract.datasets import find
+    from .extract.run import extract as run
+    from .extract.run import make_encoders
+    from .store import Store
+
+    samples = find(data)
+    opened = Store(store, create=True)
+    encoders = make_encoders(names, _by_name(options), opened.fingerprints)
+    _say_notes(encoders)
+    outcomes = run(samples, encoders, opened)
+    _summarise(outcomes, store)
+
+
+@main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("weights/mae-tuned.safetensors"), show_default=True
+)
+@_STORE
+@click.option("--model", help="A timm ViT; by default the one of the weights, else the MAE ViT-L/16.")
+@click.option("--weights", help="Where to start; looked for as by `vacli extract` if absent.")
+@click.option("--from-scratch", is_flag=True, help="Start from random weights (for small models only).")
+@click.option("--freeze", type=int, help="Lower blocks that stay as they are.  [default: two thirds]")
+@click.option("--size", type=int, help="Input pixels (with --from-scratch).")
+@click.option(
+    "--frames-per-video", default=300, show_default=True, help="Evenly spaced labelled frames of each video."
+)
+@click.option("--epochs", default=10, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--note", help="A warning that travels with the weights, shown wherever they are used.")
+def finetune(data: Path, out: Path, store: str, **how: Any) -> None:
+    """Tune the upper blocks of a ViT on the labelled frames of DATA; use the result with -o mae.weights=OUT."""
+    from .extract.datasets import find
+    from .extract.finetune import finetune as run
+    from .store import Store
+
+    figures = run(find(data), Store(store, create=True), out, **how)
+    click.echo(
+        f"{out}: frame by frame, validation CCC V {figures['ccc_valence']:.3f} A {figures['ccc_arousal']:.3f}; "
+        f"use it with -o mae.weights={out}"
+    )
+
+
+@main.command()
+@click.option(
+    "--head", default="mamba", show_default=True, help="A preset (`vacli heads`) or a file my.toml."
+)
+@_STORE
+@_RUNS
+@click.option(
+    "--stream",
+    "streams",
+    multiple=True,
+    help="A track instead of the preset's. May be repeated.",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A key of the preset, as train.epochs=10.",
+)
+@click.option("--name", help="The run's name.  [default: head and a hash of all settings]")
+@click.option("--seed", default=0, show_default=True)
+def train(
+    head: str,
+    store: str,
+    runs: str,
+    streams: tuple[str, ...],
+    changes: tuple[str, ...],
+    name: str | None,
+    seed: int,
+) -> None:
+    """Train a head on the labelled videos of the store. Interrupted, the same command goes on."""
+    from .store import Store
+    from .temporal.model import load_preset
+    from .temporal.train import train as run
+
+    preset = load_preset(head, dict(_pair(c, "--set") for c in changes), list(streams))
+    trained = run(Store(store), preset, runs=runs, name=name, seed=seed, tell=lambda line: click.echo(line))
+    figures = trained.about["figures"]
+    click.echo(
+        f"{trained.path}: validation CCC V {figures['valence']:.3f} A {figures['arousal']:.3f} "
+        f"mean {figures['mean']:.3f}, smoothed over +-{trained.smooth_s[0]} s (V), +-{trained.smooth_s[1]} s (A)"
+    )
+
+
+@main.command()
+@click.option("--run", "run_path", help="A run folder or name.  [default: the newest finished one]")
+@_RUNS
+@_STORE
+@click.option("--no-smooth", is_flag=True, help="Judge the raw curves.")
+def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> None:
+    """CCC of a trained run on the validation videos: all labelled frames concatenated."""
+    from .store import Store
+    from .temporal.evaluate import evaluate as run
+    from .temporal.predict import open_run
+
+    trained = open_run(run_path, runs)
+    found = run(trained, Store(store), smooth=not no_smooth)
+    click.echo(
+        f"{trained.about['preset']['name']:<10} validation CCC  V {found['valence']:.4f}  A {found['arousal']:.4f}  "
+        f"mean {found['mean']:.4f}   ({found['videos']} videos, {found['frames']} labelled frames; {trained.path})"
+    )
+
+
+@main.command()
+@click.option("--video", required=True, type=click.Path(path_type=Path), help="A video or a folder of them.")
+@click.option("--run", "run_path", help="A run folder or name.  [default: the newest finished one]")
+@_RUNS
+@_STORE
+@click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True)
+@click.option("--no-smooth", is_flag=True, help="Write the raw curves.")
+@_OPTIONS
+def predict(
+    video: Path,
+    run_path: str | None,
+    runs: str,
+    store: str,
+    out: Path,
+    no_smooth: bool,
+    options: tuple[str, ...],
+) -> None:
+    """Write one CSV per video: frame, time_s, valence, arousal, face; one row per decoded frame."""
+    from .extract.datasets import find
+    from .extract.run import extract as run_extract
+    from .store import Store
+    from .temporal.predict import open_run
+
+    trained = open_run(run_path, runs)
+    samples = find(video)
+    opened = Store(store, create=True)
+    encoders = _encoders_of(trained, opened, _by_name(options))
+    _say_notes(encoders)
+    outcomes = run_extract(samples, encoders, opened, link=False)
+    written = [path for o in outcomes if (path := _write_curve(trained, o, opened, out, not no_smooth))]
+    click.echo(f"{len(written)} of {len(samples)} curves in {out}/ by {trained.path}")
+    _summarise(outcomes, store)
+
+
+@main.command()
+@click.argument("name", required=False)
+def heads(name: str | None) -> None:
+    """List the presets, or print the one called NAME."""
+    from .temporal.model import load_preset, preset_names, preset_text
+
+    if name:
+        click.echo(preset_text(name), nl=False)
+        return
+    for known in preset_names():
+        preset = load_preset(known)
+        click.echo(f"{known:<12} streams {', '.join(preset.streams):<14} {preset.source}")
+
+
+@main.command()
+def encoders() -> None:
+    """List the encoders: what they eat, what they give."""
+    from . import lookup
+    from .extract import ENCODERS
+
+    for name in ENCODERS:
+        encoder = lookup(ENCODERS, name, "encoder")
+        click.echo(f"{name:<8} eats {encoder.eats:<6} {(encoder.__doc__ or '').splitlines()[0]}")
+
+
+@main.group()
+def store() -> None:
+    """Look at a feature store."""
+
+
+@store.command("ls")
+@_STORE
+def store_ls(store: str) -> None:
+    """Every video of the store with its tracks and their recipes."""
+    from .store import Store
+
+    for video_id, facts in Store(store).videos().items():
+        tracks = "  ".join(
+            sorted(f"{n}@{t['folder'].partition('@')[2][:6]}" for n, t in facts["tracks"].items())
+        )
+        click.echo(f"{video_id:<24} {facts['split'] or '-':<10} {tracks}")
+
+
+@store.command("verify")
+@_STORE
+def store_verify(store: str) -> None:
+    """Read every track with its checksums; names the damaged ones."""
+    from .store import Store
+
+    found = list(Store(store).verify())
+    damaged = [what for _, what in found if what]
+    for what in damaged:
+        click.echo(what, err=True)
+    click.echo(f"{len(found)} tracks read, {len(damaged)} damaged")
+    if damaged:
+        sys.exit(1)
+
+
+# ---- between the commands and the stages ---------------------------------------------------------------------
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise VacliError(f"{option} {text}: wanted KEY=VALUE")
+    return key, value
+
+
+def _by_name(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """-o mae.weights=FILE ... as {"mae": {"weights": "FILE"}}."""
+    found: dict[str, dict[str, str]] = {}
+    for text in options:
+        key, value = _pair(text, "-o")
+        name, dot, option = key.rpartition(".")
+        if not dot:
+            raise VacliError(f"-o {text}: wanted NAME.KEY=VALUE, as mae.weights=FILE")
+        found.setdefault(name, {})[option] = value
+    return found
+
+
+def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> dict[str, Encoder]:
+    """The encoders a run was trained on, made again; refuses one that gives other features than the run saw."""
+    from .extract.run import make_encoders
+
+    made: dict[str, Encoder] = {}
+    for name, stream in run.about["streams"].items():
+        if stream["encoder"] is None:
+            raise VacliError(
+                f"run {run.path} needs stream {name}, which was imported: no encoder makes it from video"
+            )
+        given = {k: v for k, v in stream["encoder"]["options"].items() if v is not None}
+        given.update(options.get(name, {}))
+        made.update(make_encoders([f"{name}={stream['encoder']['kind']}"], {name: given}, store.fingerprints))
+        now = {**made[name].recipe(), "made_from": stream["recipe"]["made_from"]}
+        if now != stream["recipe"]:
+            keys = sorted(
+                k for k in now.keys() | stream["recipe"].keys() if now.get(k) != stream["recipe"].get(k)
+            )
+            raise VacliError(
+                f"run {run.path} was trained on another {name}: {', '.join(keys)} differ(s); "
+                f"give the encoder it was trained on with -o {name}.KEY=VALUE, or train again"
+            )
+    return made
+
+
+def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path | None:
+    """The CSV of one video, from its stored tracks; None where its features could not be made."""
+    from .store.interchange import write_curve_csv
+    from .temporal.predict import faces_of, predict
+    from .temporal.windows import Clip
+
+    if not outcome.complete:
+        return None
+    tracks = {name: store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
+    clock = next((tracks[n].times_s for n in ("faces", *run.dims) if n in tracks), None)
+    if clock is None or len(clock) == 0:
+        clock = outcome.sample.frame_times_s()
+    clip = Clip.on_clock(outcome.sample.id, clock, tracks, run.dims)
+    path = out / f"{outcome.sample.id}.csv"
+    write_curve_csv(path, predict(run, [clip], smooth)[clip.id], faces_of(clip))
+    return path
+
+
+def _say_notes(encoders: dict[str, Encoder]) -> None:
+    """Licences and warnings of weights, told where a user meets them."""
+    for name, encoder in encoders.items():
+        for note in (getattr(encoder, "licence", None), getattr(encoder, "note", None)):
+            if note:
+                click.echo(f"note: {name}: {note}", err=True)
+
+
+def _summarise(outcomes: list[Outcome], store: str) -> None:
+    """What was computed, what was there, what went wrong; exit code 1 if anything asked for could not be had."""
+    computed = sum(len(o.computed) for o in outcomes)
+    there = sum(len(o.tracks) for o in outcomes if o.complete) - sum(
+        len(o.computed) for o in outcomes if o.complete
+    )
+    done = f"computed {computed} tracks" if computed else "computed nothing"
+    click.echo(f"{done}; {there} were in {store} already")
+    for outcome in outcomes:
+        if outcome.warning:
+            click.echo(f"warning: {outcome.warning}", err=True)
+    problems = [o for o in outcomes if o.problem]
+    if problems:
+        click.echo(f"{len(problems)} of {len(outcomes)} videos had a problem:", err=True)
+        for outcome in problems:
+            click.echo(f"  {outcome.sample.id}: {outcome.problem}", err=True)
+        sys.exit(1)

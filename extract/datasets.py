@@ -1,0 +1,178 @@
+"""What lies in a folder: samples from a plain folder of videos, or from the Aff-Wild2 layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .. import VacliError
+from ..store import Fingerprints, combine
+from .media import SUFFIXES, Video
+
+CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent: Aff-Wild2's usual one; stated in the recipe
+_CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One person in one video: what a curve is drawn for.
+
+    id: unique within the root; the annotation's stem in Aff-Wild2 (`12_left`), else the path below the root.
+    video: the file with pictures and sound, if it is there. crops: a folder of aligned faces `%05d.jpg`, by frame
+    number from 1, if the data set brings them. annotation: a VA file. split: train, validation, test or None.
+    """
+
+    id: str
+    root: Path
+    video: Path | None = None
+    crops: Path | None = None
+    annotation: Path | None = None
+    split: str | None = None
+
+    def crop_files(self) -> dict[int, Path]:
+        """Frame index (from 0) -> the file of its aligned face; numbers may be missing."""
+        assert self.crops is not None
+        numbered = ((_CROP.fullmatch(p.name), p) for p in self.crops.iterdir())
+        return {
+            int(m[1]) - 1: p
+            for m, p in sorted(numbered, key=lambda pair: pair[1].name)
+            if m and int(m[1]) > 0
+        }
+
+    def media(self, fingerprints: Fingerprints) -> str:
+        """Digest of what the pictures are made from: the video's bytes, or the crops' and what times them."""
+        timed_by = fingerprints.file(self.video) if self.video else f"{CROPS_RATE_HZ} Hz"
+        if self.crops is None:
+            return timed_by
+        return combine(fingerprints.folder(self.crop_files().values()), timed_by)
+
+    def frame_times_s(self) -> np.ndarray:
+        """(T,) seconds of every frame: of the video where it is there, else of the crops at CROPS_RATE_HZ."""
+        if self.video is not None:
+            return np.fromiter(Video(self.video).times(), np.float64)
+        return np.arange(max(self.crop_files(), default=-1) + 1) / CROPS_RATE_HZ
+
+    def read_crops(self, rows: int, batch: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The aligned faces of the first `rows` frames: (crops (n, H, W, 3) uint8 RGB, rows (n,)), in order.
+
+        An unreadable picture counts as missing: its row stays NaN.
+        """
+        files = [(row, path) for row, path in sorted(self.crop_files().items()) if row < rows]
+        for start in range(0, len(files), batch):
+            pictures = [
+                (row, cv2.imread(str(path), cv2.IMREAD_COLOR)) for row, path in files[start : start + batch]
+            ]
+            seen = [(row, cv2.cvtColor(p, cv2.COLOR_BGR2RGB)) for row, p in pictures if p is not None]
+            for same in _same_size(seen):
+                yield np.stack([p for _, p in same]), np.array([row for row, _ in same])
+
+
+def _same_size(pictures: list[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Runs of neighbours of one size (crops of one folder nearly always are)."""
+    run: list[tuple[int, np.ndarray]] = []
+    for row, picture in pictures:
+        if run and picture.shape != run[-1][1].shape:
+            yield run
+            run = []
+        run.append((row, picture))
+    if run:
+        yield run
+
+
+def find(root: str | Path) -> list[Sample]:
+    """The samples below a folder (or the one of a single file), sorted by id.
+
+    A folder with `cropped_aligned*` or `annotations` in it is read as Aff-Wild2; any other as a plain folder of
+    videos, searched through its subfolders. Raises VacliError if there is no such folder or nothing in it.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise VacliError(f"no such file or folder: {root}; wanted a video or a folder of videos")
+    if root.is_file():
+        return [Sample(root.stem, root.parent.resolve(), video=root)]
+    if (root / "annotations").is_dir() or any(root.glob("cropped_aligned*/")):
+        samples = _affwild2(root)
+    else:
+        samples = _plain(root)
+    if not samples:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise VacliError(f"no videos below {root}; wanted files ending in {kinds}, or the Aff-Wild2 layout")
+    return sorted(samples, key=lambda s: s.id)
+
+
+def _videos(root: Path) -> list[Path]:
+    inside = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
+def _plain(root: Path) -> list[Sample]:
+    """Every video is a sample; `train/` and `validation/` folders split it, `clip.txt` beside `clip.mp4` labels it."""
+    videos = _videos(root)
+    stems = [p.relative_to(root).with_suffix("").as_posix() for p in videos]
+    samples = []
+    for path, stem in zip(videos, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else path.relative_to(root).as_posix()  # a.mp4 beside a.mov
+        annotation = path.with_suffix(".txt")
+        samples.append(
+            Sample(
+                name,
+                root.resolve(),
+                path,
+                None,
+                annotation if _is_va(annotation) else None,
+                _split_of(path, root),
+            )
+        )
+    return samples
+
+
+def _is_va(path: Path) -> bool:
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            header = f.readline(200).lower()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return "valence" in header and "arousal" in header
+
+
+def _split_of(path: Path, root: Path) -> str | None:
+    for part in path.relative_to(root).parts[:-1]:
+        word = part.lower().replace("_set", "")
+        if word in _SPLITS:
+            return _SPLITS[word]
+    return None
+
+
+def _affwild2(root: Path) -> list[Sample]:
+    """Annotation stems and crop folders are the ids; `_left`/`_right` share the video of the bare name."""
+    annotations = {p.stem: p for p in sorted(root.glob("annotations/**/*.txt")) if _is_va(p)}
+    crops = {p.name: p for p in sorted(root.glob("cropped_aligned*/*/"))}
+    videos = {p.stem: p for p in _videos(root)}
+    bare = {name: re.sub(r"_(left|right)$", "", name) for name in annotations.keys() | crops.keys()}
+    names = bare.keys() | (
+        videos.keys() - set(bare.values())
+    )  # test videos have neither labels nor, maybe, crops
+    return [
+        Sample(
+            id=name,
+            root=root.resolve(),
+            video=videos.get(name) or videos.get(bare.get(name, name)),
+            crops=crops.get(name),
+            annotation=annotations.get(name),
+            split=_split_of(annotations[name], root) if name in annotations else None,
+        )
+        for name in names
+        if name in crops or name in videos or bare.get(name) in videos
+    ]

@@ -1,0 +1,427 @@
+"""Faces in video: found by MTCNN, the main one followed from frame to frame, aligned to the ArcFace template."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import joblib
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .. import VacliError
+from ..store.track import Track
+from .media import Video
+
+# Where the two eyes, the nose and the corners of the mouth lie in an aligned crop of 112x112 pixels (InsightFace's
+# ArcFace template, which Aff-Wild2's cropped_aligned uses too).
+ARCFACE_112 = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+
+# MTCNN (Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional Networks").
+PYRAMID = 0.709  # each level of the picture pyramid is this much smaller than the one before
+THRESHOLDS = (0.6, 0.7, 0.7)  # scores that P-Net, R-Net and O-Net must exceed
+OVERLAPS = (
+    0.5,
+    0.7,
+    0.7,
+    0.7,
+)  # suppressed beyond: in a level, across levels, after R-Net (union), after O-Net (smaller)
+CELL, STRIDE = 12, 2  # pixels: what one P-Net output sees, and the step to the next
+SIDES = (24, 48)  # input of R-Net and O-Net, pixels
+CHUNK = 64  # crops a pass: what stays in the processor's cache
+MIN_FACE_PX, MIN_FACE = (
+    20,
+    0.1,
+)  # faces smaller than this, or than this part of the shorter side, are not looked for
+
+# Following.
+LINK_IOU = 0.4  # a detection belongs to a track if it overlaps the place foreseen by this much
+LOST_S = 0.5  # a track unseen for longer has ended
+MIN_ROWS = 3  # a track seen less often is a false alarm
+CUT_LEVELS = 16.0  # 8-bit levels: a picture that differs more on average from the one before, at 32x32, follows a cut
+
+
+def similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """(2, 3) float64: the least-squares rotation, scale and shift that take points (N, 2) to template (N, 2).
+
+    In complex numbers it is a straight line fit q = a p + b (Umeyama 1991 without reflections). Raises ValueError where
+    all points coincide.
+    """
+    p, q = (np.asarray(xy, np.float64) @ [1, 1j] for xy in (points, template))
+    spread = p - p.mean()
+    if not np.any(spread):
+        raise ValueError(f"points must not all coincide, got {points}")
+    a = np.vdot(spread, q - q.mean()) / np.vdot(spread, spread)
+    b = q.mean() - a * p.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+def align(frame_rgb: np.ndarray, points: np.ndarray, size: int = 112) -> np.ndarray:
+    """(size, size, 3) uint8: the face with its five points (5, 2) or (10,) moved to the ArcFace template; black outside."""
+    matrix = similarity(np.reshape(points, (5, 2)), ARCFACE_112 * (size / 112))
+    return cv2.warpAffine(frame_rgb, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
+
+
+class Detector:
+    """MTCNN's three nets in torch on the CPU, with the weights that lie in the `mtcnn` wheel (its own code is not used).
+
+    Raises VacliError where the wheel is missing.
+    """
+
+    def __init__(self) -> None:
+        self.weights_sha256, nets = _weights()
+        self._pnet, self._rnet, self._onet = nets
+
+    @torch.inference_mode()
+    def __call__(self, frames: np.ndarray) -> list[np.ndarray]:
+        """frames (B, H, W, 3) uint8 RGB -> for each the faces (n, 15) float32, best first.
+
+        Columns: box x0, y0, x1, y1; x, y of left eye, right eye, nose, left and right corner of the mouth as seen in the
+        picture; score. Pixels of the frame.
+        """
+        owner, boxes = self._propose(frames)
+        owner, boxes = self._refine(frames, owner, boxes)
+        owner, faces = self._finish(frames, owner, boxes)
+        return [faces[owner == i] for i in range(len(frames))]
+
+    def _propose(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """P-Net over the pyramids of all frames -> owner (N,), square boxes (N, 4)."""
+        owners, found = [], []
+        for level, (scale, pictures) in enumerate(_pyramid(frames)):
+            score, moves = _pnet(self._pnet, _normal(pictures))
+            b, y, x = np.nonzero(score > THRESHOLDS[0])
+            corner = np.stack([x, y], axis=1) * STRIDE
+            boxes = np.concatenate([corner, corner + CELL], axis=1) / scale
+            levels = np.full((len(b), 1), level)
+            owners.append(b)
+            found.append(np.concatenate([boxes, score[b, y, x, None], levels, moves[b, :, y, x]], axis=1))
+        if not found:
+            return np.empty(0, int), np.empty((0, 4))
+        owner, rows = np.concatenate(owners), np.concatenate(found)
+        owner, rows = _per_frame(owner, rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[0], within=r[:, 5]))
+        owner, rows = _per_frame(owner, rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[1]))
+        return owner, _square(_moved(rows[:, :4], rows[:, 6:]))
+
+    def _refine(
+        self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """R-Net over all proposals of the batch -> owner (N,), square boxes (N, 4)."""
+        score, moves = _chunked(_rnet, self._rnet, frames, owner, boxes, SIDES[0])
+        good = score > THRESHOLDS[1]
+        rows = np.concatenate([_moved(boxes[good], moves[good]), score[good, None]], axis=1)
+        owner, rows = _per_frame(owner[good], rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[2]))
+        return owner, _square(rows[:, :4])
+
+    def _finish(
+        self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """O-Net over what is left -> owner (N,), faces (N, 15) float32."""
+        score, moves, points = _chunked(_onet, self._onet, frames, owner, boxes, SIDES[1])
+        good = score > THRESHOLDS[2]
+        boxes, side = boxes[good], (boxes[good, 2] - boxes[good, 0])[:, None]
+        x, y = boxes[:, :1] + side * points[good, :5], boxes[:, 1:2] + side * points[good, 5:]
+        five = np.stack([x, y], axis=2).reshape(-1, 10)
+        rows = np.concatenate([_moved(boxes, moves[good]), five, score[good, None]], axis=1)
+        owner, rows = _per_frame(
+            owner[good], rows, lambda r: _keep(r[:, :4], r[:, 14], OVERLAPS[3], over="smaller")
+        )
+        return owner, rows.astype(np.float32)
+
+
+def min_face_px(height: int, width: int) -> float:
+    """The smallest face looked for, so that the work does not grow with the size of the frame."""
+    return max(MIN_FACE_PX, MIN_FACE * min(height, width))
+
+
+def _weights() -> tuple[str, list[list[torch.Tensor]]]:
+    """The hash of the three weight files and their arrays, laid out for torch: kernels (out, in, h, w), channels last."""
+    spec = importlib.util.find_spec("mtcnn")  # the package itself cannot be imported: it wants TensorFlow
+    places = list(spec.submodule_search_locations or []) if spec else []
+    files = [
+        Path(place) / "assets" / "weights" / f"{net}.lz4"
+        for place in places[:1]
+        for net in ("pnet", "rnet", "onet")
+    ]
+    if not files or not all(file.is_file() for file in files):
+        raise VacliError(
+            "the face detector's weights are missing; wanted the mtcnn wheel, 1.0; pip install mtcnn==1.0.0"
+        )
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return digest, [[_tensor(array) for array in joblib.load(file)] for file in files]
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    value = torch.from_numpy(np.asarray(array, np.float32))
+    if value.ndim == 4:
+        return value.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    return value.flatten() if value.ndim == 3 else value.contiguous()  # PReLU slopes; dense layers and biases
+
+
+def _conv(w: list[torch.Tensor], i: int, x: torch.Tensor) -> torch.Tensor:
+    """Convolution and PReLU with the weights w[i], w[i+1], w[i+2]."""
+    return F.prelu(F.conv2d(x, w[i], w[i + 1]), w[i + 2])
+
+
+def _dense(w: list[torch.Tensor], i: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(w[i + 1], x, w[i])
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 2, 1).flatten(1)  # width before height: the weights come from a column-major world
+
+
+def _pnet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(B, 3, H, W) -> score (B, h, w), box moves (B, 4, h, w)."""
+    x = F.max_pool2d(_conv(w, 0, x), 2, 2, ceil_mode=True)
+    x = _conv(w, 6, _conv(w, 3, x))
+    return F.conv2d(x, w[11], w[12]).softmax(1)[:, 1].numpy(), F.conv2d(x, w[9], w[10]).numpy()
+
+
+def _rnet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(N, 3, 24, 24) -> score (N,), box moves (N, 4)."""
+    x = F.max_pool2d(_conv(w, 0, x), 3, 2, ceil_mode=True)
+    x = F.max_pool2d(_conv(w, 3, x), 3, 2)
+    x = F.prelu(_dense(w, 9, _flat(_conv(w, 6, x))), w[11])
+    return _dense(w, 14, x).softmax(1)[:, 1], _dense(w, 12, x)
+
+
+def _onet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(N, 3, 48, 48) -> score (N,), box moves (N, 4), points (N, 10): five x, then five y, in parts of the box."""
+    x = F.max_pool2d(_conv(w, 0, x), 3, 2, ceil_mode=True)
+    x = F.max_pool2d(_conv(w, 3, x), 3, 2)
+    x = F.max_pool2d(_conv(w, 6, x), 2, 2, ceil_mode=True)
+    x = F.prelu(_dense(w, 12, _flat(_conv(w, 9, x))), w[14])
+    return _dense(w, 19, x).softmax(1)[:, 1], _dense(w, 15, x), _dense(w, 17, x)
+
+
+def _normal(pictures: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in about [-1, 1], channels last in memory."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+
+
+def _pyramid(frames: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Each level's scale (x, y, x, y) and pictures (B, h, w, 3); all levels are made from the first, which is small."""
+    height, width = frames.shape[1:3]
+    scale, source = CELL / min_face_px(height, width), frames
+    while min(height, width) * scale >= CELL:
+        size = (int(np.ceil(width * scale)), int(np.ceil(height * scale)))
+        pictures = np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in source])
+        if source is frames:
+            source = pictures
+        yield np.array([size[0] / width, size[1] / height] * 2), pictures
+        scale *= PYRAMID
+
+
+def _chunked(
+    net: Callable[..., tuple[torch.Tensor, ...]],
+    w: list[torch.Tensor],
+    frames: np.ndarray,
+    owner: np.ndarray,
+    boxes: np.ndarray,
+    side: int,
+) -> list[np.ndarray]:
+    """A net's outputs for every box, CHUNK crops of side x side pixels at a time."""
+    parts = []
+    for i in range(0, max(len(boxes), 1), CHUNK):
+        crops = [
+            _crop(frames[o], box, side)
+            for o, box in zip(owner[i : i + CHUNK], boxes[i : i + CHUNK], strict=True)
+        ]
+        parts.append(net(w, _normal(np.stack(crops) if crops else np.empty((0, side, side, 3), np.uint8))))
+    return [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+
+
+def _crop(frame: np.ndarray, box: np.ndarray, side: int) -> np.ndarray:
+    """(side, side, 3): the whole-pixel box of the frame, averaged down; black where it leaves the frame."""
+    x0, y0, x1, y1 = box.astype(int).tolist()
+    height, width = frame.shape[:2]
+    inside = frame[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    if inside.shape[0] != y1 - y0 or inside.shape[1] != x1 - x0:
+        top, left = max(-y0, 0), max(-x0, 0)
+        padded = np.zeros((y1 - y0, x1 - x0, 3), np.uint8)
+        padded[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+        inside = padded
+    return cv2.resize(inside, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def _moved(boxes: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """Boxes (N, 4) with each edge moved by the net's regression, in parts of the box."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    return boxes + moves * np.concatenate([size, size], axis=1)
+
+
+def _square(boxes: np.ndarray) -> np.ndarray:
+    """The squares around boxes (N, 4) with the same middle, on whole pixels."""
+    middle, side = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True)
+    corner = np.round(middle - side / 2)
+    return np.concatenate([corner, corner + np.maximum(np.round(side), 1)], axis=1)
+
+
+def _per_frame(
+    owner: np.ndarray, rows: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each frame's rows thinned by `keep`, which gives the indices of those that stay."""
+    kept = [np.empty(0, int)]
+    for i in np.unique(owner):
+        mine = np.flatnonzero(owner == i)
+        kept.append(mine[keep(rows[mine])])
+    index = np.concatenate(kept)
+    return owner[index], rows[index]
+
+
+def _keep(
+    boxes: np.ndarray,
+    score: np.ndarray,
+    overlap: float,
+    over: str = "union",
+    within: np.ndarray | None = None,
+) -> np.ndarray:
+    """Non-maximum suppression: indices, best first, of boxes (N, 4) that overlap no better one by more than `overlap`.
+
+    Overlap is measured in parts of the union or of the smaller box; boxes with different `within` do not compete.
+    """
+    order = np.argsort(-score, kind="stable")
+    clash = _overlap(boxes[order], boxes[order], over) > overlap
+    if within is not None:
+        clash &= within[order][:, None] == within[order]
+    stays = np.ones(len(order), bool)
+    for i in range(len(order)):
+        if stays[i]:
+            stays[i + 1 :] &= ~clash[i, i + 1 :]
+    return order[stays]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray, over: str = "union") -> np.ndarray:
+    """(N, M): what boxes a (N, 4) share with boxes b (M, 4), in parts of their union or of the smaller one."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = np.maximum(high - low, 0).prod(axis=2)
+    area_a, area_b = (np.maximum(x[:, 2:4] - x[:, :2], 0).prod(axis=1) for x in (a, b))
+    whole = area_a[:, None] + area_b - shared if over == "union" else np.minimum(area_a[:, None], area_b)
+    return shared / np.maximum(whole, 1e-9)
+
+
+@dataclass
+class _Person:
+    """One face through the frames."""
+
+    rows: list[int] = field(default_factory=list)
+    faces: list[np.ndarray] = field(default_factory=list)
+    last_s: float = 0.0
+    speed: np.ndarray = field(
+        default_factory=lambda: np.zeros(4)
+    )  # of the box's edges, pixels a second, smoothed
+
+    def add(self, row: int, face: np.ndarray, time_s: float) -> None:
+        if self.rows:
+            now = (face[:4] - self.faces[-1][:4]) / (time_s - self.last_s)
+            self.speed = 0.5 * self.speed + 0.5 * now
+        self.rows.append(row)
+        self.faces.append(face)
+        self.last_s = time_s
+
+    def foreseen(self, time_s: float) -> np.ndarray:
+        """(4,): where the box should be now, if it goes on as before."""
+        return self.faces[-1][:4] + self.speed * (time_s - self.last_s)
+
+    @property
+    def weight(self) -> float:
+        """Area times score, summed over the rows: large, sure and long."""
+        faces = np.stack(self.faces).astype(np.float64)
+        return float(((faces[:, 2] - faces[:, 0]) * (faces[:, 3] - faces[:, 1]) * faces[:, 14]).sum())
+
+
+def follow(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | None = None) -> np.ndarray:
+    """The main face through the video: (T, 15) float32, a row of NaN where it is not seen.
+
+    detections: for each of the T frames the faces (n, 15) that `Detector` found; times_s: (T,) strictly increasing;
+    cuts: (T,) bool, True where a frame follows a cut: nobody is followed across one.
+
+    Faces are linked from frame to frame by the overlap with the place foreseen. The heaviest person (area x score x
+    rows) owns the time from his first to his last row; the next takes over in what is free, but only if most of his
+    own time is: whoever stands beside the main person all along does not fill his absences.
+    """
+    people = [p for p in _link(detections, times_s, cuts) if len(p.rows) >= min(MIN_ROWS, len(detections))]
+    out = np.full((len(detections), 15), np.nan, np.float32)
+    taken = np.zeros(len(detections), bool)
+    for person in sorted(people, key=lambda p: -p.weight):
+        rows = np.array(person.rows)
+        free = ~taken[rows]
+        if 2 * free.sum() > len(rows):
+            out[rows[free]] = np.stack(person.faces)[free]
+            taken[rows[0] : rows[-1] + 1] = True
+    return out
+
+
+def _link(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | None) -> list[_Person]:
+    """Every detection given to one person; the best overlaps are served first."""
+    people: list[_Person] = []
+    alive: list[_Person] = []
+    for row, (faces, time_s) in enumerate(zip(detections, times_s.tolist(), strict=True)):
+        alive = [p for p in alive if time_s - p.last_s <= LOST_S and (cuts is None or not cuts[row])]
+        new = set(range(len(faces)))
+        if alive and len(faces):
+            fit = _overlap(np.stack([p.foreseen(time_s) for p in alive]), faces[:, :4])
+            while fit.max() >= LINK_IOU:
+                i, j = np.unravel_index(fit.argmax(), fit.shape)
+                alive[i].add(row, faces[j], time_s)
+                new.discard(int(j))
+                fit[i], fit[:, j] = 0, 0
+        for j in sorted(new):
+            person = _Person()
+            person.add(row, faces[j], time_s)
+            people.append(person)
+            alive.append(person)
+    return people
+
+
+class Faces:
+    """The `faces` track of a video: who is followed, where his five points are."""
+
+    name = "faces"
+
+    def __init__(self) -> None:
+        self._detector = Detector()
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the values, as plain JSON. A change to the code that moves them raises `version`."""
+        return {
+            "track": self.name,
+            "version": 1,
+            "detector": "mtcnn",
+            "weights_sha256": self._detector.weights_sha256,
+            "dtype": "float32",
+            "thresholds": list(THRESHOLDS),
+            "overlaps": list(OVERLAPS),
+            "pyramid": PYRAMID,
+            "min_face": {"px": MIN_FACE_PX, "of_shorter_side": MIN_FACE},
+            "follow": {"link_iou": LINK_IOU, "lost_s": LOST_S, "min_rows": MIN_ROWS, "cut_levels": CUT_LEVELS},
+        }
+
+    def __call__(self, video: Video, on_frames: Callable[[int], None] | None = None) -> Track:
+        """(T, 15) float32, one row a decoded frame, NaN where nobody is seen; columns as `Detector` has them.
+
+        `on_frames` is told how many frames were done since it was last called. Raises VacliError where no frame decodes.
+        """
+        detections: list[np.ndarray] = []
+        times: list[np.ndarray] = []
+        small: list[np.ndarray] = []  # 2 kB a frame
+        for rgb, times_s in video.frames():
+            detections += self._detector(rgb)
+            times.append(times_s)
+            small += [cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA) for picture in rgb]
+            if on_frames is not None:
+                on_frames(len(rgb))
+        if not times:
+            raise VacliError(
+                f"{video.path}: no picture could be decoded; wanted a whole video; copy it again or leave it out"
+            )
+        times_s = np.concatenate(times)
+        return Track(follow(detections, times_s), times_s)

@@ -1,0 +1,190 @@
+"""Fine-tuning: the upper blocks of a ViT and a VA head on labelled frames, so that its CLS token knows affect."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from .. import VacliError, __version__
+from ..store import Store
+from ..store.labels import ccc
+from .datasets import Sample
+from .mae import DEFAULT_MODEL, Mae, build_vit, load_encoder, normalise, resize
+from .run import extract, labelled_crops
+
+_BATCH = 64
+_SHIFT_PX = 4  # the crops of another detector sit a few pixels elsewhere
+
+
+def finetune(
+    samples: list[Sample],
+    store: Store,
+    out: Path,
+    *,
+    model: str | None = None,
+    weights: str | None = None,
+    from_scratch: bool = False,
+    freeze: int | None = None,
+    size: int | None = None,
+    frames_per_video: int = 300,
+    epochs: int = 10,
+    lr: float | None = None,
+    seed: int = 0,
+    note: str | None = None,
+) -> dict[str, float]:
+    """Tune a ViT on the labelled frames of the train split; write encoder weights that `mae.weights` takes.
+
+    weights: where to start (looked for as in Mae); from_scratch starts from random ones instead. freeze: how many
+    lower blocks stay as they are with the patch embedding (two thirds of them by default, as in Mamba-VA: 16 of
+    24; none from scratch). size: input pixels (from scratch only). Loss: 1 - CCC over the batch, both dimensions.
+    Returns the CCC of valence and arousal on the validation frames. Raises VacliError without labelled frames.
+    """
+    torch.manual_seed(seed)
+    vit, about = _start(model, weights, from_scratch, size)
+    blocks = len(vit.blocks)
+    freeze = (0 if from_scratch else blocks * 2 // 3) if freeze is None else freeze
+    if not 0 <= freeze <= blocks:
+        raise VacliError(f"--freeze {freeze}: {about['model']} has {blocks} blocks; wanted 0 to {blocks}")
+    _freeze(vit, freeze, everything_below=freeze > 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = nn.ModuleDict({"vit": vit, "head": nn.Linear(vit.num_features, 2)}).to(device)
+    train = _gather(samples, store, "train", frames_per_video)
+    held_out = _gather(samples, store, "validation", frames_per_video)
+    _fit(net, train, about, epochs, lr or (1e-3 if from_scratch else 1e-4), seed)
+    figures = _judge(net, held_out, about)
+    about |= {
+        "note": note,
+        "frozen_blocks": freeze,
+        "tuned_by": f"vacli {__version__}",
+        "seed": seed,
+        **figures,
+    }
+    _save(vit, about, out)
+    return figures
+
+
+def _start(
+    model: str | None, weights: str | None, from_scratch: bool, size: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if not from_scratch:
+        mae = Mae(model, weights)
+        vit = build_vit(mae.model_name, mae.size)
+        assert mae.weights is not None
+        load_encoder(vit, mae.weights)
+        licence = timm.get_pretrained_cfg(mae.model_name).license
+        return vit, {
+            "model": mae.model_name,
+            "size": mae.size,
+            "mean": mae.mean,
+            "std": mae.std,
+            "licence": licence,
+        }
+    name = model or DEFAULT_MODEL
+    if not timm.is_model(name):
+        raise VacliError(f"timm knows no model {name!r}; `timm.list_models('vit_*')` lists them")
+    config = timm.get_pretrained_cfg(name)
+    size = size or config.input_size[-1]
+    about = {"model": name, "size": size, "mean": config.mean, "std": config.std, "licence": None}
+    return build_vit(name, size), about
+
+
+def _freeze(vit: nn.Module, blocks: int, everything_below: bool) -> None:
+    """Frozen parameters take no gradient, so no optimiser memory either."""
+    if everything_below:
+        for name, parameter in vit.named_parameters():
+            if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+                parameter.requires_grad_(False)
+    for block in vit.blocks[:blocks]:
+        block.requires_grad_(False)
+
+
+Frames = tuple[torch.Tensor, torch.Tensor]  # crops (N, H, W, 3) uint8, labels (N, 2) float32
+
+
+def _gather(samples: list[Sample], store: Store, split: str, frames_per_video: int) -> Frames:
+    """Evenly spaced labelled frames of every video of a split; neighbours show nearly the same face."""
+    wanted = [s for s in samples if s.annotation is not None and s.split == split]
+    outcomes = extract(wanted, {}, store, link=False)
+    problems = [o.problem for o in outcomes if o.problem]
+    for problem in problems:
+        tqdm.write(f"left out: {problem}")
+    gathered = [labelled_crops(o.sample, store, frames_per_video) for o in outcomes if not o.problem]
+    found = [frames for frames in gathered if frames is not None]
+    if not found:
+        why = problems[0] if problems else f"none of the {len(samples)} videos is labelled and in the {split} set"
+        raise VacliError(f"no labelled frames to {'tune on' if split == 'train' else 'judge by'}: {why}")
+    crops = np.concatenate([c for c, _ in found])
+    labels = np.concatenate([y for _, y in found]).astype(np.float32)
+    return torch.from_numpy(crops), torch.from_numpy(labels)
+
+
+def _fit(
+    net: nn.ModuleDict, frames: Frames, about: dict[str, Any], epochs: int, lr: float, seed: int
+) -> None:
+    crops, labels = frames
+    device = next(net.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.05)
+    steps_per_epoch = math.ceil(len(crops) / _BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps_per_epoch, pct_start=0.1)
+    net.train()
+    with tqdm(
+        total=epochs * len(crops), desc="finetune", unit="frame", dynamic_ncols=True, mininterval=1
+    ) as bar:
+        for epoch in range(epochs):
+            for rows in torch.randperm(len(crops), generator=generator).split(_BATCH):
+                images = _jitter(resize(crops[rows].to(device), about["size"]), generator)
+                predicted = _predict(net, images, about)
+                one = torch.ones(len(rows), 1, device=device)
+                loss = (1 - ccc(predicted, labels[rows].to(device), one)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.update(len(rows))
+            bar.set_postfix_str(f"epoch {epoch + 1}/{epochs} loss {loss.item():.3f}")
+
+
+def _jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mirror half of the time; shift the batch by a few pixels."""
+    if torch.rand((), generator=generator) < 0.5:
+        images = images.flip(-1)
+    shift = torch.randint(-_SHIFT_PX, _SHIFT_PX + 1, (2,), generator=generator).tolist()
+    return images.roll(shift, dims=(-2, -1))
+
+
+def _predict(net: nn.ModuleDict, images: torch.Tensor, about: dict[str, Any]) -> torch.Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        tokens = net["vit"].forward_features(normalise(images, tuple(about["mean"]), tuple(about["std"])))
+        return net["head"](tokens[:, 0]).float()
+
+
+@torch.inference_mode()
+def _judge(net: nn.ModuleDict, frames: Frames, about: dict[str, Any]) -> dict[str, float]:
+    crops, labels = frames
+    device = next(net.parameters()).device
+    net.eval()
+    batches = crops.split(_BATCH)
+    predicted = torch.cat([_predict(net, resize(b.to(device), about["size"]), about).cpu() for b in batches])
+    v, a = ccc(predicted.double(), labels.double(), torch.ones(len(labels), 1, dtype=torch.float64)).tolist()
+    return {"ccc_valence": v, "ccc_arousal": a}
+
+
+def _save(vit: nn.Module, about: dict[str, Any], out: Path) -> None:
+    """The encoder alone, with what is needed to use it in the header; whole or not there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
+    save_file(state, aside, metadata={"vacli": json.dumps(about)})
+    os.replace(aside, out)

@@ -1,0 +1,244 @@
+"""MAE: a masked autoencoder's ViT (any timm ViT by name) as a frame encoder; its CLS token after the final norm."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .. import VacliError
+from ..store import Fingerprints
+
+DEFAULT_MODEL = "vit_large_patch16_224.mae"
+WEIGHTS_DIR = "VACLI_WEIGHTS"  # environment variable: a folder of weights; ./weights is looked in as well
+LICENCES = {
+    "cc-by-nc-4.0": "weights under CC-BY-NC 4.0: not for commercial use",
+}
+# What the official MAE releases and fine-tuned checkpoints carry beside the encoder.
+_NOT_ENCODER = ("decoder_", "mask_token", "head.", "fc_norm.", "head_drop.")
+_OFFICIAL_FILES = {"vit_base": "mae_pretrain_vit_base.pth", "vit_large": "mae_pretrain_vit_large.pth"}
+
+
+class Mae:
+    """Aligned faces in, CLS embeddings out: crops (B, size, size, 3) uint8 RGB -> (B, dim) float32.
+
+    model: any timm ViT with a CLS token. weights: a .safetensors file, or a .pth read with weights_only=True:
+    timm's layout, the official MAE checkpoints ({"model": ...}), or what `vacli finetune` wrote (which names its
+    own model and size). Without it the weights are looked for in ./weights and $VACLI_WEIGHTS, then in the
+    Hugging Face cache, then on the hub. dtype: float32 or bfloat16 for the computation; by default bfloat16 on a
+    GPU, and on a CPU that has it for models wide enough to gain. device: by default a GPU where there is one.
+
+    Raises VacliError when the weights are absent or do not fit the model.
+    """
+
+    name, eats = "mae", "crops"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        weights: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
+        self.weights = Path(weights).absolute() if weights else None
+        described = _description(self.weights) if self.weights else {}
+        self.model_name = model or described.get("model", DEFAULT_MODEL)
+        if not timm.is_model(self.model_name):
+            raise VacliError(
+                f"timm knows no model {self.model_name!r}; `timm.list_models('vit_*')` lists them"
+            )
+        if self.weights is None:
+            self.weights = _find_weights(self.model_name)
+        self.note = described.get("note")
+        config = timm.get_pretrained_cfg(self.model_name)
+        assert config is not None
+        self.licence = LICENCES.get(str(described.get("licence") or config.license))
+        self.size = int(described.get("size", config.input_size[-1]))
+        self.mean = tuple(described.get("mean", config.mean))
+        self.std = tuple(described.get("std", config.std))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = _dtype(dtype, self.device, self.model_name)
+        self._fingerprints = fingerprints or Fingerprints()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        assert self.weights is not None
+        return self._fingerprints.file(self.weights)
+
+    def options(self) -> dict[str, Any]:
+        """What makes this encoder again: the arguments of `Mae(...)`."""
+        return {"model": self.model_name, "weights": str(self.weights), "dtype": self.dtype}
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the values, but for the faces they are computed from."""
+        return {
+            "track": self.name,
+            "version": 1,
+            "model": self.model_name,
+            "weights_sha256": self.weights_sha256,
+            "output": "cls after final norm",
+            "size": self.size,
+            "resize": "torch bicubic antialiased uint8",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "compute_dtype": self.dtype,
+            "dtype": "float16",
+        }
+
+    @cached_property
+    def _vit(self) -> nn.Module:
+        """Built at the first crop: planning a run that has nothing to do loads no model."""
+        assert self.weights is not None
+        vit = build_vit(self.model_name, self.size)
+        load_encoder(vit, self.weights)
+        return vit.eval().requires_grad_(False).to(self.device)
+
+    @property
+    def dim(self) -> int:
+        return int(self._vit.num_features)
+
+    @torch.inference_mode()
+    def __call__(self, crops: np.ndarray) -> np.ndarray:
+        images = resize(torch.from_numpy(crops).to(self.device), self.size)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            tokens = self._vit.forward_features(normalise(images, self.mean, self.std))
+        return tokens[:, 0].float().cpu().numpy()
+
+
+def build_vit(model: str, size: int) -> nn.Module:
+    """A timm ViT without its head. Raises VacliError if it has no CLS token."""
+    vit = timm.create_model(model, pretrained=False, num_classes=0, img_size=size)
+    if getattr(vit, "cls_token", None) is None or getattr(vit, "global_pool", "") != "token":
+        raise VacliError(
+            f"{model} has no CLS token read by its final norm; wanted a ViT such as {DEFAULT_MODEL}"
+        )
+    return vit
+
+
+def resize(crops: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, size, size) uint8; the one resize of all frame encoders (equals PIL's bicubic)."""
+    images = crops.permute(0, 3, 1, 2)
+    if images.shape[-2:] == (size, size):
+        return images
+    return nn.functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std by channel."""
+    scale = 1.0 / (255.0 * torch.tensor(std, device=images.device)).view(1, 3, 1, 1)
+    shift = (torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)).view(
+        1, 3, 1, 1
+    )
+    return images.float() * scale - shift
+
+
+def load_encoder(vit: nn.Module, weights: Path) -> None:
+    """Fill the ViT from a checkpoint, whole. Raises VacliError naming missing, unexpected and misshapen keys."""
+    state = {k: v for k, v in _state(weights).items() if not k.startswith(_NOT_ENCODER)}
+    wanted = vit.state_dict()
+    misfits = [f"missing {k}" for k in wanted if k not in state]
+    misfits += [f"unexpected {k}" for k in state if k not in wanted]
+    misfits += [
+        f"{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}"
+        for k in wanted.keys() & state.keys()
+        if state[k].shape != wanted[k].shape
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise VacliError(
+            f"weights {weights} do not fit the encoder: {'; '.join(sorted(misfits)[:3])}{more}; "
+            "name the model they were made for with -o mae.model=NAME"
+        )
+    vit.load_state_dict(state)
+
+
+def _state(weights: Path) -> dict[str, torch.Tensor]:
+    try:
+        if weights.suffix == ".safetensors":
+            return load_file(weights)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
+        first_line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise VacliError(
+            f"cannot read weights {weights}: {first_line[:120]}; wanted .safetensors, or a .pth of plain tensors"
+        ) from e
+    for wrapper in ("model", "state_dict"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise VacliError(f"weights {weights} hold no state dict of tensors; wanted timm's or MAE's layout")
+    return state
+
+
+def _description(weights: Path) -> dict[str, Any]:
+    """What `vacli finetune` wrote into the header of its weights: model, size, mean, std, note, licence."""
+    if not weights.is_file():
+        raise VacliError(f"no weights at {weights}; wanted a .safetensors or .pth file")
+    if weights.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(weights, "pt") as f:
+            return json.loads((f.metadata() or {}).get("vacli", "{}"))
+    except (safetensors.SafetensorError, ValueError) as e:
+        raise VacliError(f"cannot read weights {weights}: {e}; wanted a whole .safetensors file") from e
+
+
+def _find_weights(model: str) -> Path:
+    """Local folders, then the Hugging Face cache, then the hub; an error at once where none has it."""
+    official = [f for stem, f in _OFFICIAL_FILES.items() if model.startswith(stem) and model.endswith(".mae")]
+    names = [f"{model}.safetensors", f"{model}.pth", *official]
+    folders = [Path("weights"), *([Path(os.environ[WEIGHTS_DIR])] if WEIGHTS_DIR in os.environ else [])]
+    for path in (folder / name for folder in folders for name in names):
+        if path.is_file():
+            return path.absolute()
+    config = timm.get_pretrained_cfg(model)
+    hub_id = config.hf_hub_id if config is not None else None
+    if hub_id:
+        found = _from_hub(str(hub_id))
+        if found:
+            return found
+    source = f"https://huggingface.co/{hub_id} (model.safetensors)" if hub_id else "its makers"
+    raise VacliError(
+        f"no weights for {model} and no network: get them from {source} and put them at {folders[0] / names[0]}, "
+        "or give any file with -o mae.weights=FILE"
+    )
+
+
+def _from_hub(hub_id: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(hub_id, "model.safetensors")
+    if isinstance(cached, str):
+        return Path(cached)
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return None
+    try:  # a look before the hub client retries for 50 s
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+        return Path(hf_hub_download(hub_id, "model.safetensors"))
+    except (OSError, HfHubHTTPError):
+        return None
+
+
+def _dtype(asked: str | None, device: torch.device, model: str) -> str:
+    if asked is not None:
+        if asked not in ("float32", "bfloat16"):
+            raise VacliError(f"mae.dtype is {asked!r}; wanted float32 or bfloat16")
+        return asked
+    if device.type == "cuda":
+        return "bfloat16"
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    wide = any(
+        size in model for size in ("base", "large", "huge", "giant")
+    )  # narrow ones lose more to casting
+    return "bfloat16" if has_bfloat16 and wide else "float32"

@@ -1,0 +1,1 @@
+"""Stage two: from Tracks to valence and arousal."""

@@ -1,0 +1,128 @@
+"""Inference: a trained run on clips, from windows' outputs to finished curves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from .. import VacliError
+from ..store import Track
+from .model import Network, Preset, check_preset
+from .windows import Clip, Windows
+
+SMOOTH_CHOICES_S = (0.0, 0.2, 0.4, 0.8, 1.6, 3.2)  # half-widths of the moving average tried on validation
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run folder: preset, weights, and the recipe of every stream it saw (`about`, its run.json)."""
+
+    path: Path
+    about: dict[str, Any]
+
+    @property
+    def preset(self) -> Preset:
+        return check_preset(self.about["preset"], str(self.path))
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {name: stream["dim"] for name, stream in self.about["streams"].items()}
+
+    @property
+    def smooth_s(self) -> tuple[float, float]:
+        valence, arousal = self.about["smooth_s"]
+        return valence, arousal
+
+    def network(self, device: torch.device | str = "cpu") -> Network:
+        """The trained network in eval mode."""
+        net = Network(self.preset, self.dims)
+        net.load_state_dict(load_file(self.path / "weights.safetensors"))
+        return net.eval().to(device)
+
+
+def open_run(path: str | Path | None, runs: str | Path = "runs") -> Run:
+    """The run in a folder, or the newest finished one of `runs`. Raises VacliError if there is none."""
+    if path is None:
+        finished = [
+            r
+            for r in (_read_run(p.parent) for p in Path(runs).glob("*/run.json"))
+            if r and "figures" in r.about
+        ]
+        if not finished:
+            raise VacliError(
+                f"no finished run in {runs}: train one with `vacli train --head mamba`, or name one with --run"
+            )
+        return max(finished, key=lambda r: r.about["finished_at"])
+    run = _read_run(Path(path)) or _read_run(Path(runs) / path)
+    if run is None:
+        known = sorted(p.parent.name for p in Path(runs).glob("*/run.json"))
+        raise VacliError(f"no run at {path}; runs in {runs}: {', '.join(known) or 'none'}")
+    if "figures" not in run.about:
+        raise VacliError(
+            f"run {run.path} is not finished: go on with the `vacli train` command that began it"
+        )
+    return run
+
+
+def _read_run(path: Path) -> Run | None:
+    try:
+        return Run(path, json.loads((path / "run.json").read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise VacliError(f"cannot read {path / 'run.json'}: {e}; train the run again") from e
+
+
+@torch.inference_mode()
+def raw_curves(net: Network, windows: Windows, batch: int = 16) -> dict[str, Track]:
+    """Clip id -> (T, 2) track, overlapping windows averaged, as the network has it: not filled, smoothed or clipped."""
+    index = torch.arange(len(windows), device=windows.starts.device)
+    return windows.fold(torch.cat([net(*windows.batch(part))["va"].cpu() for part in index.split(batch)]))
+
+
+def finish(raw: Track, face: np.ndarray, smooth_s: tuple[float, float]) -> Track:
+    """A raw curve made fit to hand out: smoothed, filled where no face is, clipped to [-1, 1].
+
+    face: (T,) bool. Rows without a face are interpolated between their neighbours in time; without any face the
+    network's own values stand (they rest on the sound, or on nothing). smooth_s: half-widths of the moving
+    average for valence and arousal, in seconds; it averages rows with a face only.
+    """
+    if not face.any():
+        face = np.ones(len(raw), bool)
+    columns = []
+    for column, half_s in zip(raw.values.T, smooth_s, strict=True):
+        smooth = _moving_average(column[face].astype(np.float64), raw.times_s[face], half_s)
+        columns.append(np.interp(raw.times_s, raw.times_s[face], smooth))
+    return Track(np.clip(np.stack(columns, axis=1), -1, 1).astype(np.float32), raw.times_s)
+
+
+def _moving_average(values: np.ndarray, times_s: np.ndarray, half_s: float) -> np.ndarray:
+    """Mean of the rows within half_s of each row, by their times: right for any frame rate."""
+    low = np.searchsorted(times_s, times_s - half_s - 1e-9)
+    high = np.searchsorted(times_s, times_s + half_s + 1e-9, side="right")
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def faces_of(clip: Clip) -> np.ndarray:
+    """(T,) bool: rows where the first stream, the one of the face, saw something."""
+    return ~np.isnan(next(iter(clip.streams.values()))[:, 0])
+
+
+def predict(
+    run: Run, clips: list[Clip], smooth: bool = True, device: torch.device | str = "cpu"
+) -> dict[str, Track]:
+    """Clip id -> finished (T, 2) curve, valence and arousal in [-1, 1], a row for every row of the clip."""
+    filled = [c for c in clips if len(c.times_s)]
+    if not filled:
+        return {}
+    windows = Windows(filled, run.preset.windows.length, run.preset.windows.stride, device)
+    curves = raw_curves(run.network(device), windows)
+    smooth_s = run.smooth_s if smooth else (0.0, 0.0)
+    return {c.id: finish(curves[c.id], faces_of(c), smooth_s) for c in filled}

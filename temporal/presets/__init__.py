@@ -1,0 +1,1 @@
+"""The presets: one short TOML file per system."""

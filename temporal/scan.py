@@ -1,0 +1,189 @@
+"""The selective scan of Mamba: a plain loop over time, and a fast twin that works in chunks of rows.
+
+Shape legend, after mamba-ssm: B windows, D dims, N states a dim, L rows of time; K rows of one chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LOG2_E = math.log2(math.e)
+# A chunk's (K, B, N, D) arrays should stay in the processor's cache; fewer rows than these save no memory.
+_CHUNK_VALUES = 2**19
+_CHUNK_ROWS_MIN = 8
+
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The state-space recurrence whose step and input depend on the row (Gu & Dao 2023, section 3).
+
+        delta = softplus(delta + delta_bias)            both parts optional
+        h[l] = exp(delta[l] A) h[l-1] + delta[l] B[l] u[l],  h[-1] = 0
+        out[l] = (C[l] . h[l] + D u[l]) * silu(z[l])    both parts optional
+
+    Arguments, shapes and meaning are those of mamba-ssm's `selective_scan_fn` for real A:
+    u, delta, z: (B, D, L). A: (D, N). B, C: (B, N, L). D, delta_bias: (D,).
+
+    Returns out (B, D, L) in u's dtype and, if asked, the last state (B, D, N). The recurrence runs in float32,
+    or in float64 if u is. Any of these may need a gradient; both results give one (once differentiable).
+    """
+    # An implementation for one kind of device is one more recurrence, chosen here by u.device.
+    out, state = _scan(_chunked, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, state) if return_last_state else out
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The plain twin of `selective_scan`: same signature, same meaning, autograd through a loop over time."""
+    out, state = _scan(_loop, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (out, state) if return_last_state else out
+
+
+def _scan(
+    recurrence: Recurrence,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """What stands around the recurrence, the same for every implementation."""
+    out_dtype = u.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    out, state = recurrence(u, delta, A, B, C)
+    if D is not None:
+        out = torch.addcmul(out, u, D.to(dtype)[:, None])
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(out_dtype), state
+
+
+def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    state = u.new_zeros(*u.shape[:2], A.shape[1])  # (B, D, N)
+    rows = []
+    # unbind, not indexing: the gradient of an index is as large as the whole, quadratic in L
+    for u_l, delta_l, B_l, C_l in zip(*(x.unbind(-1) for x in (u, delta, B, C)), strict=True):
+        state = torch.exp(delta_l[..., None] * A) * state + (delta_l * u_l)[..., None] * B_l[:, None]
+        rows.append((state * C_l[:, None]).sum(-1))
+    return torch.stack(rows, dim=-1), state
+
+
+def _chunked(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    u, delta, B, C = (x.permute(2, 0, 1).contiguous() for x in (u, delta, B, C))
+    out, state = _ChunkedScan.apply(u, delta, A.t().contiguous(), B, C)
+    return out.permute(1, 2, 0), state.transpose(1, 2)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """The recurrence on u, delta (L, B, D), A (N, D), B, C (L, B, N) -> out (L, B, D), last state (B, N, D).
+
+    Time comes first, so that a step reads and writes one contiguous (B, N, D) block. All but the step itself is
+    done for a chunk of rows at once. Only the state before each chunk is kept; backward makes the others again.
+    """
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C):  # type: ignore[no-untyped-def]
+        state = u.new_zeros(u.shape[1], *A.shape)
+        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        before = []
+        for rows in _chunks(u, A):
+            before.append(state)
+            decay, states = _decay_and_input(u[rows] * delta[rows], delta[rows], A, B[rows])
+            # a copy: a view would keep the chunk's states alive
+            state = _run(decay.unbind(), states.unbind(), state).clone()
+            out[rows] = _sum_states(C[rows], states)
+        ctx.save_for_backward(u, delta, A, B, C, torch.stack(before))
+        return out, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_state):  # type: ignore[no-untyped-def]
+        u, delta, A, B, C, before = ctx.saved_tensors
+        grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(x) for x in (u, delta, B, C))
+        grad_A = torch.zeros_like(A)
+        chunks = zip(_chunks(u, A), before.unbind(), strict=True)
+        for rows, start in reversed(list(chunks)):
+            u_k, delta_k, B_k, grad_k = u[rows], delta[rows], B[rows], grad_out[rows]
+            driven = u_k * delta_k  # (K, B, D)
+            decay, states = _decay_and_input(driven, delta_k, A, B_k)
+            _run(decay.unbind(), states.unbind(), start)
+            grad_C[rows] = _sum_dims(grad_k, states)
+            # the gradient of a state: from its own row, and from the next state through that one's decay
+            grads = C[rows].unsqueeze(-1) * grad_k.unsqueeze(-2)  # (K, B, N, D)
+            grads[-1] += grad_state
+            grad_state = decay[0] * _run(decay.unbind()[:0:-1], grads.unbind()[-2::-1], grads[-1])
+            grad_driven = _sum_states(B_k, grads)
+            grad_B[rows] = _sum_dims(driven, grads)
+            grad_u[rows] = grad_driven * delta_k
+            # from here on `grads` is the gradient of the exponent, delta A
+            grads[0] *= start
+            grads[1:] *= states[:-1]
+            grads *= decay
+            grad_delta[rows] = (grads * A).sum(2).addcmul_(grad_driven, u_k)
+            grad_A += grads.mul_(delta_k.unsqueeze(2)).sum((0, 1))
+        return grad_u, grad_delta, grad_A, grad_B, grad_C
+
+
+def _chunks(u: Tensor, A: Tensor) -> list[slice]:
+    K = max(_CHUNK_ROWS_MIN, _CHUNK_VALUES // (u.shape[1] * A.numel()))
+    return [slice(first, first + K) for first in range(0, len(u), K)]
+
+
+def _decay_and_input(driven: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of a chunk what its state keeps of the one before and what it adds, both (K, B, N, D)."""
+    decay = (delta.unsqueeze(2) * (A * _LOG2_E)).exp2_()  # a third of the time of exp on a CPU
+    return decay, B.unsqueeze(-1) * driven.unsqueeze(2)
+
+
+def _run(decay: Sequence[Tensor], added: Sequence[Tensor], state: Tensor) -> Tensor:
+    """Turns what each step adds into the state after it, in place; returns the last."""
+    for decay_l, state_l in zip(decay, added, strict=True):
+        state = state_l.addcmul_(decay_l, state)
+    return state
+
+
+def _sum_states(weights: Tensor, states: Tensor) -> Tensor:
+    """(K, B, N) and (K, B, N, D) -> (K, B, D)"""
+    return torch.matmul(weights.unsqueeze(-2), states).squeeze(-2)
+
+
+def _sum_dims(weights: Tensor, states: Tensor) -> Tensor:
+    """(K, B, D) and (K, B, N, D) -> (K, B, N); row times matrix is ten times as fast here as matrix times column."""
+    return torch.matmul(weights.unsqueeze(-2), states.transpose(-1, -2)).squeeze(-2)

@@ -1,0 +1,307 @@
+"""Training: a preset on the labelled videos of a store, straight from the cache, into a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .. import VacliError, __version__
+from ..store import Store
+from ..store.labels import ccc
+from .evaluate import choose_smoothing, figures, load_clips
+from .model import Network, Preset
+from .predict import Run, faces_of, finish, open_run, raw_curves
+from .windows import Windows
+
+_HELD_OUT_SHARE = 0.2
+
+
+def train(
+    store: Store,
+    preset: Preset,
+    *,
+    runs: str | Path = "runs",
+    name: str | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = print,
+) -> Run:
+    """Train the preset; stops early on the mean CCC of the validation videos and keeps the best weights.
+
+    A run of the same settings goes on where it was stopped, to the same result; a finished one is returned as it
+    is. tell: gets a line of progress per epoch. Raises VacliError if the store lacks a stream or labels.
+    """
+    about = _plan(store, preset, seed, tell)
+    path = Path(runs) / (name or f"{preset.name}-{about['settings'][:8]}")
+    state = _open(path, about)
+    if state is None:
+        tell(f"{path} is finished already, with the same settings, videos and features: nothing to train")
+        return open_run(path)
+    _fit(store, preset, path, about, state, tell)
+    return open_run(path)
+
+
+# ---- what to train on ----------------------------------------------------------------------------------------
+
+
+def _plan(store: Store, preset: Preset, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The run.json of the run to be: preset, seed, every stream's recipe, every video's media."""
+    videos = store.videos()
+    labelled = {
+        v: facts for v, facts in videos.items() if "label.va" in facts["tracks"] and facts["split"] != "test"
+    }
+    if not labelled:
+        raise VacliError(
+            f"none of the {len(videos)} videos of {store.path} is labelled; extract an Aff-Wild2 folder, "
+            "or put clip.txt (header valence,arousal; a line per frame) beside clip.mp4"
+        )
+    streams = {name: _stream(store, name, labelled) for name in preset.streams}
+    label = {
+        "folder": _one_folder("label.va", {f["tracks"]["label.va"]["folder"] for f in labelled.values()})
+    }
+    members = {v: _media(facts, streams) for v, facts in labelled.items()}
+    members = {
+        v: media for v, media in members.items() if len(media) > 1
+    }  # a label alone is nothing to learn from
+    if len(members) < len(videos):
+        tell(
+            f"{len(videos) - len(members)} of {len(videos)} videos are left out: no label, or none of the streams"
+        )
+    splits = _splits({v: labelled[v]["split"] for v in members}, seed, tell)
+    about: dict[str, Any] = {
+        "preset": preset.model_dump(),
+        "seed": seed,
+        "streams": streams,
+        "label": {**label, "recipe": store.recipe_of(label["folder"])},
+        **{split: {v: members[v] for v in ids} for split, ids in splits.items()},
+    }
+    about["settings"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return {**about, "versions": {"vacli": __version__, "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def _stream(store: Store, name: str, videos: dict[str, Any]) -> dict[str, Any]:
+    """The one recipe of a stream, with its dimension and encoder. `mae@<digits>` names one of several."""
+    plain, _, wanted = name.partition("@")
+    tracks = [f["tracks"][plain] for f in videos.values() if plain in f["tracks"]]
+    tracks = [t for t in tracks if t["folder"].partition("@")[2].startswith(wanted)]
+    if not tracks:
+        known = sorted({t for f in videos.values() for t in f["tracks"]} - {"label.va", "faces"})
+        raise VacliError(
+            f"no labelled video of {store.path} has a track {name}; there are {', '.join(known) or 'none'}: "
+            f"extract it with `vacli extract --encoder {plain}`, or choose with --stream"
+        )
+    folder = _one_folder(plain, {t["folder"] for t in tracks})
+    recipe = store.recipe_of(folder)
+    dim = next(store.get(recipe, t["media"]).values.shape[-1] for t in tracks)
+    return {
+        "track": plain,
+        "folder": folder,
+        "recipe": recipe,
+        "dim": dim,
+        "encoder": tracks[0].get("encoder"),
+    }
+
+
+def _one_folder(name: str, folders: set[str]) -> str:
+    if len(folders) > 1:
+        choices = " or ".join(f"--stream {name}@{f.partition('@')[2]}" for f in sorted(folders))
+        raise VacliError(
+            f"the videos' {name} was made in {len(folders)} different ways, which never mix: "
+            f"extract all videos alike, or choose {choices}"
+        )
+    return folders.pop()
+
+
+def _media(facts: dict[str, Any], streams: dict[str, dict[str, Any]]) -> dict[str, str]:
+    tracks = facts["tracks"]
+    found = {"label.va": tracks["label.va"]["media"]}
+    for name, stream in streams.items():
+        track = tracks.get(stream["track"])
+        if track is not None and track["folder"] == stream["folder"]:
+            found[name] = track["media"]
+    return found
+
+
+def _splits(of: dict[str, str | None], seed: int, tell: Callable[[str], None]) -> dict[str, list[str]]:
+    """The data set's own split; where it has no validation videos, a seeded fifth of them is held out."""
+    held_out = [v for v, split in of.items() if split == "validation"]
+    rest = [v for v in of if v not in held_out]
+    if not held_out:
+        order = sorted(rest, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
+        held_out = order[: max(1, round(_HELD_OUT_SHARE * len(order)))]
+        rest = [v for v in rest if v not in held_out]
+        tell(f"no validation set: held out {len(held_out)} of {len(of)} videos by seed {seed}")
+    if not rest:
+        raise VacliError(
+            f"{len(of)} labelled video(s) are too few: wanted at least one to train on and one to judge by"
+        )
+    return {"train": sorted(rest), "validation": sorted(held_out)}
+
+
+# ---- the run folder ------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin the run folder, or find where it stopped: the last epoch's state, {} at the start, None if finished."""
+    record = path / "run.json"
+    if record.exists():
+        old = json.loads(record.read_text())
+        if old["settings"] != about["settings"]:
+            raise VacliError(
+                f"{path} was trained with other settings, videos or features: give another --name"
+            )
+        if "figures" in old:
+            return None
+    path.mkdir(parents=True, exist_ok=True)
+    _replace(record, json.dumps(about, indent=1).encode())
+    if (path / "last.pt").exists():
+        return torch.load(path / "last.pt", weights_only=True)
+    return {}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    aside = path / f".last.pt.{os.getpid()}"
+    torch.save(state, aside)
+    os.replace(aside, path / "last.pt")
+
+
+def _save_weights(path: Path, net: nn.Module) -> None:
+    aside = path / f".weights.{os.getpid()}"
+    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, aside)
+    os.replace(aside, path / "weights.safetensors")
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    store: Store,
+    preset: Preset,
+    path: Path,
+    about: dict[str, Any],
+    state: dict[str, Any],
+    tell: Callable[[str], None],
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clips = {split: load_clips(store, about, split) for split in ("train", "validation")}
+    spec = preset.windows
+    windows = {split: Windows(c, spec.length, spec.stride, device) for split, c in clips.items()}
+    torch.manual_seed(about["seed"])
+    dims = {name: stream["dim"] for name, stream in about["streams"].items()}
+    net = Network(preset, dims).to(device)
+    net.standardise_by(windows["train"].moments())
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=preset.train.lr, weight_decay=preset.train.weight_decay
+    )
+    epoch, best = 0, {"mean": -math.inf, "epoch": -1}
+    if state:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        epoch, best = state["epoch"], state["best"]
+        tell(f"going on with {path} after epoch {epoch}")
+    parameters = sum(p.numel() for p in net.parameters())
+    frames = {split: sum(len(c.times_s) for c in cs) for split, cs in clips.items()}
+    tell(
+        f"training {preset.name} ({parameters / 1e6:.2f} M parameters) on {len(clips['train'])} videos, "
+        f"{frames['train']} rows; judged by {len(clips['validation'])} videos, {frames['validation']} rows; on {device}"
+    )
+    lines = (path / "metrics.jsonl").read_text().splitlines()[:epoch] if epoch else []
+    _replace(path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    while epoch < preset.train.epochs and epoch - 1 - best["epoch"] < preset.train.patience:
+        began = time.perf_counter()
+        loss = _epoch(net, optimizer, windows["train"], preset, about["seed"], epoch)
+        net.eval()
+        raw = raw_curves(net, windows["validation"])
+        found = figures(
+            {c.id: finish(raw[c.id], faces_of(c), (0, 0)) for c in clips["validation"]}, clips["validation"]
+        )
+        if found["mean"] > best["mean"]:
+            best = {"mean": found["mean"], "epoch": epoch}
+            _save_weights(path, net)
+        epoch += 1
+        _save_state(
+            path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best}
+        )
+        seconds = time.perf_counter() - began
+        with open(path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"epoch": epoch, "loss": loss, "ccc": found, "seconds": seconds}) + "\n")
+        tell(
+            f"epoch {epoch}/{preset.train.epochs}  loss {loss:.3f}  CCC V {found['valence']:.3f} "
+            f"A {found['arousal']:.3f} mean {found['mean']:.3f}  best {best['mean']:.3f}  "
+            f"{frames['train'] / seconds:,.0f} rows/s  at most {(preset.train.epochs - epoch) * seconds:.0f} s left"
+        )
+    _finish(path, about, net, windows["validation"], device)
+
+
+def _epoch(
+    net: Network, optimizer: torch.optim.Optimizer, windows: Windows, preset: Preset, seed: int, epoch: int
+) -> float:
+    """One pass over all windows in a seeded order; returns the mean loss. Depends on (seed, epoch) alone, so a
+    resumed run repeats it exactly."""
+    spec = preset.train
+    torch.manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(len(windows)).to(windows.starts.device)
+    batches = order.split(spec.batch)
+    net.train()
+    total = torch.zeros((), device=order.device)
+    for i, index in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr * _warmup_cosine(epoch + i / len(batches), spec.warmup_epochs, spec.epochs)
+        loss = va_loss(net(*windows.batch(index))["va"], *windows.targets(index))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
+        optimizer.step()
+        total += loss.detach()
+    return float(total) / len(batches)
+
+
+def va_loss(predicted: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    """(1 - CCC_valence) + (1 - CCC_arousal) over all labelled rows of the batch together (Mamba-VA, eq. 5).
+
+    predicted, labels: (B, L, 2). labelled: (B, L) bool; the other rows count nowhere. A batch without any label
+    gives 2 and a zero gradient.
+    """
+    weight = labelled.reshape(-1, 1).to(predicted.dtype)
+    return (1 - ccc(predicted.reshape(-1, 2), labels.reshape(-1, 2), weight)).sum()
+
+
+def _warmup_cosine(epoch: float, warmup_epochs: float, epochs: int) -> float:
+    """Share of the learning rate at a fractional epoch: linear up, then half a cosine down to 0."""
+    if epoch < warmup_epochs:
+        return (epoch + 1e-3) / warmup_epochs
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1e-9, epochs - warmup_epochs)))
+
+
+def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, device: torch.device) -> None:
+    """Choose the smoothing with the best weights, write the figures: from now on the run is finished."""
+    net.load_state_dict(load_file(path / "weights.safetensors", device=str(device)))
+    net.eval()
+    raw = raw_curves(net, windows)
+    smooth_s = choose_smoothing(raw, windows.clips)
+    curves = {c.id: finish(raw[c.id], faces_of(c), smooth_s) for c in windows.clips}
+    finished = {
+        **about,
+        "smooth_s": smooth_s,
+        "figures": figures(curves, windows.clips),
+        "finished_at": datetime.now(UTC).isoformat(),
+    }
+    _replace(path / "run.json", json.dumps(finished, indent=1).encode())
+    (path / "last.pt").unlink(missing_ok=True)
