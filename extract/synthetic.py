@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,15 @@ def _start_worker() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends an orphan, lest it write beside the next call's workers when the command was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 # ---- Latents ----
@@ -223,31 +233,33 @@ def _sound(truth: dict[str, np.ndarray], length_s: float, rng: np.random.Generat
 def _glottis() -> np.ndarray:
     """(2048,) one period of a buzz: 24 harmonics falling by 6 dB an octave."""
     phase = 2 * np.pi * np.arange(2048) / 2048
-    return sum(np.sin(k * phase + k * k) / k for k in range(1, 25))
+    k = np.arange(1, 25)[:, None]
+    return (np.sin(k * phase + k * k) / k).sum(axis=0)
 
 
 def _formants(hz: np.ndarray, tract: float, centres_hz: tuple[int, int, int]) -> np.ndarray:
     """Gain of a vocal tract with three resonances, a shorter one having higher ones."""
-    return 0.08 + sum(
-        g / (1 + ((hz - tract * c) / 90.0) ** 2) for g, c in zip((1, 0.6, 0.4), centres_hz, strict=True)
-    )
+    gain = np.full(len(hz), 0.08)
+    for peak, centre_hz in zip((1.0, 0.6, 0.4), centres_hz, strict=True):
+        gain += peak / (1 + ((hz - tract * centre_hz) / 90.0) ** 2)
+    return gain
 
 
 def _chime(sign: int) -> np.ndarray:
     """A clear tone of CUE_S seconds, high for +1 and low with overtones for -1, fading slowly."""
     clock_s = np.arange(round(CUE_S * SOUND_RATE_HZ)) / SOUND_RATE_HZ
     edge = np.clip(np.minimum(clock_s, CUE_S - clock_s) / 0.02, 0.0, 1.0)
-    tones = sum(np.sin(2 * np.pi * f * clock_s) / (1 + i) for i, f in enumerate(CHIMES_HZ[sign]))
-    return 0.35 * edge * np.exp(-clock_s / 1.5) * tones
+    hz = np.array(CHIMES_HZ[sign])[:, None]
+    tones = np.sin(2 * np.pi * hz * clock_s) / np.arange(1, len(hz) + 1)[:, None]
+    return 0.35 * edge * np.exp(-clock_s / 1.5) * tones.sum(axis=0)
 
 
 # ---- Picture ----
 # Unit u: one pixel of the picture at scale 1. Origin: between eyes and mouth; x to the right, y down. A sprite
 # is drawn at DENSITY pixels per unit with its origin at ORIGIN, then turned and scaled into the picture.
 
-DENSITY, ORIGIN, SPRITE = 1.25, (190.0, 150.0), (400, 380)  # rows, columns
+DENSITY, ORIGIN, SPRITE = 1.25, (190.0, 150.0), (400, 380)  # the last in rows, columns
 EYE_Y, MOUTH_Y = -24.0, 41.0
-Colour = tuple[float, float, float]
 
 
 @dataclass
@@ -307,17 +319,17 @@ class _Puppet:
         self._head()
         self._still_features()
         still = self._image
-        self._bases = {0: np.uint8(still)}
+        self._bases = {0: still.astype(np.uint8)}
         for sign, colour in ((1, (226, 28, 44)), (-1, (104, 196, 200))):
             self._image = still.copy()
             for x in (-35, 35):
                 self._paint(_oval(x, 17, 17, 15), np.array(colour, float), soft=4, amount=0.85)
-            self._bases[sign] = np.uint8(self._image)
+            self._bases[sign] = self._image.astype(np.uint8)
         self._image = still
         self._eyes = [self._open_eye(side) for side in (-1, 1)]
         self._paint(_box(0, 0, 74, 100), 255 - person.shirt, opaque=True)
         self._paint(_box(0, 0, 62, 88), 235 - person.shirt * 0.8)
-        self.hidden = {TURNED: np.uint8(turned), COVERED: np.uint8(self._image)}
+        self.hidden = {TURNED: turned.astype(np.uint8), COVERED: self._image.astype(np.uint8)}
 
     def landmarks(self) -> np.ndarray:
         """(5, 2) in u: left eye, right eye, nose, mouth corners, as seen; still in the face whatever it shows.
@@ -327,7 +339,7 @@ class _Puppet:
         """
         p, y = self.person, MOUTH_Y
         drawn = [(-p.eye_x, EYE_Y), (p.eye_x, EYE_Y), (0, 12), (-p.mouth_x, y), (p.mouth_x, y)]
-        return np.array(drawn) + [(1.2, -0.3), (0.0, -0.2), (0.2, 0.3), (1.4, 0.4), (-0.7, 0.4)]
+        return np.add(drawn, [(1.2, -0.3), (0.0, -0.2), (0.2, 0.3), (1.4, 0.4), (-0.7, 0.4)])
 
     def sprite(self, valence: float, arousal: float, mouth: float, blink: bool, flush: int) -> np.ndarray:
         """The face: mouth curvature and brow slant by `valence`, eye openness and brow height by `arousal`."""
@@ -346,9 +358,9 @@ class _Puppet:
 
         mask = np.zeros(SPRITE, np.uint8)
         cv2.fillPoly(mask, [_fixed(points)], 255, cv2.LINE_AA, 4)
-        cover = np.float32(mask) * np.float32(amount / 255)
+        cover = mask.astype(np.float32) * np.float32(amount / 255)
         if soft:
-            cover = cv2.GaussianBlur(cover, (0, 0), soft * DENSITY)
+            cv2.GaussianBlur(cover, (0, 0), soft * DENSITY, dst=cover)
         old = self._image[..., 3:] / 255
         new = np.ones_like(old) if opaque else old
         colour4 = np.append(colour, 255).astype(np.float32)
@@ -405,7 +417,7 @@ class _Puppet:
         self._paint(_oval(x, EYE_Y, 6.4, 6.4), self.person.iris)
         self._paint(_oval(x, EYE_Y, 3.4, 3.4), np.array((8.0, 8.0, 10.0)))
         self._paint(_oval(x - 2.2, EYE_Y - 2.6, 1.5, 1.5), np.array((255.0, 255.0, 255.0)))
-        return np.uint8(self._image[_around(x, EYE_Y)])
+        return self._image[_around(x, EYE_Y)].astype(np.uint8)
 
     def _eye(self, image: np.ndarray, side: int, ball: np.ndarray, height: float) -> None:
         import cv2
@@ -499,19 +511,19 @@ class _Scene:
 
         coarse = rng.uniform(60, 200) + rng.uniform(-40, 40, 3) + rng.uniform(-30, 30, (5, 5, 3))
         background = cv2.resize(
-            np.uint8(np.clip(coarse, 0, 255)), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC
+            np.clip(coarse, 0, 255).astype(np.uint8), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC
         )
         y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
         turn = rng.uniform(0, 2 * np.pi)
         tilt = 1 + rng.uniform(0.0, 0.22) * (np.cos(turn) * x + np.sin(turn) * y)
-        light = np.float32(tilt[..., None] * rng.uniform(0.96, 1.04, 3))
+        light = (tilt[..., None] * rng.uniform(0.96, 1.04, 3)).astype(np.float32)
         walk = [_walk(rng, frames, rate_hz, 4.0) for _ in range(5)]
         roll = np.deg2rad(np.clip(rng.normal(0, 3) + 4.5 * walk[0], -12, 12))
         scale = np.clip(rng.uniform(0.9, 1.04) + 0.04 * walk[1], 0.85, 1.1)
         centre = np.stack([128 + np.clip(7 * walk[2], -16, 16), 124 + np.clip(4 * walk[3], -9, 9)], 1)
         cos, sin = scale * np.cos(roll), scale * np.sin(roll)
         pose = np.stack([np.stack([cos, -sin, centre[:, 0]], 1), np.stack([sin, cos, centre[:, 1]], 1)], 1)
-        noise = np.int16(np.rint(rng.normal(0, rng.uniform(1.5, 4.0), (4, SIZE, SIZE, 3))))
+        noise = np.rint(rng.normal(0, rng.uniform(1.5, 4.0), (4, SIZE, SIZE, 3))).astype(np.int16)
         blink = rng.random(frames) < 0.25 / rate_hz
         gain = np.clip(rng.uniform(0.9, 1.08) + 0.04 * walk[4], 0.8, 1.15)
         return cls(background, light, gain, noise, pose, blink)
@@ -546,7 +558,7 @@ def _make(root: Path, seed: int, split: str, number: int, length_s: float, rate_
     mouth = np.interp(truth["times_s"], np.arange(len(mouth)) / SOUND_RATE_HZ, mouth)
     frames = _frames(truth, mouth, rate_hz, _rng(seed, split, number, 2), partial / "crops")
     _write_video(partial / "video.mp4", frames, len(mouth), sound, rate_hz)
-    np.savez(partial / "latents.npz", **truth)
+    np.savez(partial / "latents.npz", allow_pickle=False, **truth)
     rows = [
         f"{v:.4f},{a:.4f}" if known else "-5,-5"
         for v, a, known in zip(truth["valence"], truth["arousal"], truth["labelled"], strict=True)
@@ -580,12 +592,10 @@ def _frames(
     for start_s, sign in zip(truth["cue_v_s"], truth["cue_v"], strict=True):
         flush[(truth["times_s"] >= start_s) & (truth["times_s"] < start_s + CUE_S)] = int(sign)
     for i, face in enumerate(truth["face"]):
+        sprite = puppet.hidden.get(face)
         if face == SHOWN:
-            sprite = puppet.sprite(
-                truth["v_face"][i], truth["a_face"][i], mouth[i], bool(scene.blink[i]), flush[i]
-            )
-        else:
-            sprite = puppet.hidden.get(face)
+            v, a = truth["v_face"][i], truth["a_face"][i]
+            sprite = puppet.sprite(v, a, mouth[i], bool(scene.blink[i]), flush[i])
         frame = scene.frame(i, sprite)
         if face == SHOWN:
             crop = align(frame, points @ scene.pose[i].T)
@@ -603,6 +613,7 @@ def _write_video(
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=Fraction(rate_hz).limit_denominator(1001))
+        assert isinstance(video, av.VideoStream)
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
         video.thread_count = 1  # x264's bytes depend on it
@@ -615,7 +626,7 @@ def _write_video(
             )
             picture.pts = i
             container.mux(video.encode(picture))
-            piece = np.float32(sound[None, edges[i] : edges[i + 1]])
+            piece = sound[None, edges[i] : edges[i + 1]].astype(np.float32)
             samples = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
             samples.rate, samples.pts = SOUND_RATE_HZ, int(edges[i])
             container.mux(audio.encode(samples))

@@ -141,13 +141,20 @@ class Store:
                 }
                 _write_group(staged, {**record, "digest": digest(record)})
                 _sync_dir(staged)
-                try:
-                    os.rename(staged, entry)
-                except OSError as e:
-                    if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    # somebody was first: content-addressed, so theirs is as good as ours
+                if not self._place(staged, entry) and not self.has(recipe, media):
+                    self._place(staged, entry)  # what was there was broken, and has been set aside
                 _sync_dir(entry.parent)
+
+    @staticmethod
+    def _place(staged: Path, entry: Path) -> bool:
+        """Rename into place. False if somebody was first: content-addressed, so theirs is as good as ours."""
+        try:
+            os.rename(staged, entry)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        return True
 
     def provenance(self, recipe: dict[str, Any], media: str) -> dict[str, Any]:
         """What was noted when the track was made. Raises Damaged if it is broken or absent."""
@@ -246,26 +253,21 @@ class Store:
     def _staging(self) -> Iterator[Path]:
         """A fresh folder, locked while we live: a sweep by another process leaves it alone."""
         staged = self.path / ".staging" / uuid.uuid4().hex
-        staged.mkdir()
-        lock = os.open(staged, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield staged
+            staged.mkdir()
+            with _open_folder(staged) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield staged
         finally:
-            os.close(lock)
             shutil.rmtree(staged, ignore_errors=True)  # gone already when it was renamed into place
 
     def _sweep_staging(self) -> None:
         """Remove what killed writers left: folders a minute old that no living writer holds locked."""
         for staged in (self.path / ".staging").glob("*/"):
-            with contextlib.suppress(OSError):
-                fd = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    if time.time() - os.fstat(fd).st_mtime > 60:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        shutil.rmtree(staged, ignore_errors=True)
-                finally:
-                    os.close(fd)
+            with contextlib.suppress(OSError), _open_folder(staged) as lock:
+                if time.time() - os.fstat(lock).st_mtime > 60:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(staged, ignore_errors=True)
 
     def _quarantine(self, entry: Path, why: Damaged) -> None:
         with _told("set a damaged track aside", self.path):
@@ -307,12 +309,18 @@ def _write_file(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def _sync_dir(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _open_folder(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def _sync_dir(folder: Path) -> None:
+    with _open_folder(folder) as fd:
+        os.fsync(fd)
 
 
 def _write_array(folder: Path, array: np.ndarray) -> dict[str, Any]:

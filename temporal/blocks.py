@@ -20,9 +20,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from .scan import selective_scan
 
 
-def _hide(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B, T, D) with zeros in the masked rows."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+def _hide(x: Tensor, mask: Tensor | None, dim: int = -1) -> Tensor:
+    """x with zeros in the masked rows; `dim` is the one that mask lacks: (B, T, D) unless told."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(dim), 0)
 
 
 class Linear(nn.Module):
@@ -66,13 +66,14 @@ class TCN(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x.transpose(1, 2)
         for level in self.levels:
             x = level(x, mask)
-        return x
+        return x.transpose(1, 2)
 
 
 class _Level(nn.Module):
-    """act(net(x) + x): two dilated convolutions with weight norm beside a skip, 1x1 where the dims differ."""
+    """Two dilated convolutions with weight norm beside a skip, 1x1 where the dims differ; (B, D, T) -> (B, D', T)."""
 
     def __init__(
         self, dim_in: int, dim: int, width: int, dilation: int, dropout: float, causal: bool
@@ -83,18 +84,16 @@ class _Level(nn.Module):
         # torch's own initialisation: the published N(0, 0.01) is so small that a toy delay of 23 rows stays unlearnt
         self.conv1 = weight_norm(nn.Conv1d(dim_in, dim, width, dilation=dilation))
         self.conv2 = weight_norm(nn.Conv1d(dim, dim, width, dilation=dilation))
-        self.skip = nn.Identity() if dim_in == dim else nn.Linear(dim_in, dim)
+        self.skip = nn.Identity() if dim_in == dim else nn.Conv1d(dim_in, dim, 1)
         self.act1, self.act2, self.act = nn.PReLU(), nn.PReLU(), nn.PReLU()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = _hide(x, mask)
-        y = self.dropout(self.act1(self._convolve(self.conv1, x)))
-        y = self.dropout(self.act2(self._convolve(self.conv2, _hide(y, mask))))
+        x = _hide(x, mask, dim=1)
+        y = self.dropout(self.act1(self.conv1(F.pad(x, self.pad))))
+        y = _hide(y, mask, dim=1)
+        y = self.dropout(self.act2(self.conv2(F.pad(y, self.pad))))
         return self.act(y + self.skip(x))
-
-    def _convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
-        return conv(F.pad(x.transpose(1, 2), self.pad)).transpose(1, 2)
 
 
 class MambaStack(nn.Module):
@@ -150,7 +149,9 @@ class Mamba(nn.Module):
         low_rank, B, C = self.x_proj(u).split(self.split, dim=-1)
         delta = F.linear(low_rank, self.dt_proj.weight)
         if mask is not None:
-            delta = delta.masked_fill(~mask.unsqueeze(-1), -math.inf)  # softplus makes it 0: a step of no time
+            delta = delta.masked_fill(
+                ~mask.unsqueeze(-1), -math.inf
+            )  # softplus makes it 0: a step of no time
         u, delta, B, C, z = (v.transpose(1, 2) for v in (u, delta, B, C, z))
         A = -torch.exp(self.A_log)
         y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)

@@ -115,6 +115,12 @@ def test_no_visible_cue_is_hidden(many: list[dict[str, np.ndarray]]) -> None:
             assert (truth["face"][during] == SHOWN).all()
 
 
+def test_a_seed_gives_the_same_bytes(puppets: Path, tmp_path: Path) -> None:
+    make_puppets(tmp_path, train=1, validation=1, length_s=LENGTH_S, rate_hz=RATE_HZ, processes=1)
+    assert files(tmp_path) == files(puppets)
+
+
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_in_any_number_of_processes(puppets: Path, tmp_path: Path) -> None:
     names = make_puppets(tmp_path, train=1, validation=1, length_s=LENGTH_S, rate_hz=RATE_HZ, processes=2)
     assert names == NAMES

@@ -1,0 +1,51 @@
+"""What every test stands on: offline, two threads that do not spin, the random state left as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile(
+    "vacli", deadline=None, database=None
+)  # machines are slow at times; leave nothing behind
+settings.load_profile("vacli")
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness_after():
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The real clips lent for tests; they are never part of the project."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real clips are not here ({folder})")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """needs_cuda is skipped without a GPU, unless VACLI_REQUIRE_CUDA=1: a GPU machine never passes by skipping."""
+    if torch.cuda.is_available() or os.environ.get("VACLI_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("needs_cuda"):
+            item.add_marker(
+                pytest.mark.skip(reason="no GPU here (VACLI_REQUIRE_CUDA=1 makes this a failure)")
+            )
