@@ -371,9 +371,9 @@ def _link(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | 
         if alive and len(faces):
             fit = _overlap(np.stack([p.foreseen(time_s) for p in alive]), faces[:, :4])
             while fit.max() >= LINK_IOU:
-                i, j = np.unravel_index(fit.argmax(), fit.shape)
+                i, j = divmod(int(fit.argmax()), fit.shape[1])
                 alive[i].add(row, faces[j], time_s)
-                new.discard(int(j))
+                new.discard(j)
                 fit[i], fit[:, j] = 0, 0
         for j in sorted(new):
             person = _Person()
@@ -403,7 +403,11 @@ class Faces:
             "overlaps": list(OVERLAPS),
             "pyramid": PYRAMID,
             "min_face": {"px": MIN_FACE_PX, "of_shorter_side": MIN_FACE},
-            "follow": [LINK_IOU, COAST_S, LOST_S, MIN_ROWS, CUT_LEVELS],
+            "link_iou": LINK_IOU,
+            "coast_s": COAST_S,
+            "lost_s": LOST_S,
+            "min_rows": MIN_ROWS,
+            "cut_levels": CUT_LEVELS,
         }
 
     def __call__(self, video: Video, on_frames: Callable[[int], None] | None = None) -> Track:

@@ -119,7 +119,7 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C):  # type: ignore[no-untyped-def]
+    def forward(ctx, u, delta, A, B, C):
         state = u.new_zeros(u.shape[1], *A.shape)
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         before = []
@@ -134,7 +134,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_state):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_out, grad_state):
         u, delta, A, B, C, before = ctx.saved_tensors
         grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(x) for x in (u, delta, B, C))
         grad_A = torch.zeros_like(A)
