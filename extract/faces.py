@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,18 +35,16 @@ OVERLAPS = (0.5, 0.7, 0.7, 0.7)
 CELL, STRIDE = 12, 2  # pixels: what one P-Net output sees, and the step to the next
 SIDES = (24, 48)  # input of R-Net and O-Net, pixels
 FRAMES, CHUNK = 8, 64  # pictures and crops a pass: what stays in the processor's cache
-# Smaller faces, in pixels or in parts of the frame's shorter side, are not looked for: the work does not grow with the
-# frame.
-MIN_FACE_PX, MIN_FACE = 20, 0.1
+MIN_FACE_PX, MIN_FACE = 20, 0.1  # smaller faces (pixels, or part of the shorter side) are not looked for
+
+Owned = tuple[np.ndarray, np.ndarray]  # for each of N rows its frame, (N,) int; the rows themselves
 
 # Following.
 LINK_IOU = 0.4  # a detection belongs to a track if it overlaps the place foreseen by this much
 COAST_S = 0.1  # a face is foreseen to go on as before for this long, then to stay
 LOST_S = 0.5  # a track unseen for longer has ended
 MIN_ROWS = 3  # a track seen less often is a false alarm
-CUT_LEVELS = (
-    16.0  # mean difference of two frames at 32x32, in 8-bit levels, beyond which there is a cut between them
-)
+CUT_LEVELS = 16.0  # between frames whose mean difference at 32x32, in 8-bit levels, is larger lies a cut
 
 
 def similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
@@ -97,7 +96,7 @@ class Detector:
             found += [faces[owner == i] for i in range(len(some))]
         return found
 
-    def _propose(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _propose(self, frames: np.ndarray) -> Owned:
         """P-Net over the pyramids of all frames -> owner (N,), square boxes (N, 4)."""
         owners, found = [], []
         for level, (scale, pictures) in enumerate(_pyramid(frames)):
@@ -115,9 +114,7 @@ class Detector:
         owner, rows = _per_frame(owner, rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[1]))
         return owner, _square(_moved(rows[:, :4], rows[:, 6:]))
 
-    def _refine(
-        self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _refine(self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> Owned:
         """R-Net over all proposals of the batch -> owner (N,), square boxes (N, 4)."""
         score, moves = _chunked(self._rnet, frames, owner, boxes, SIDES[0])
         good = score > THRESHOLDS[1]
@@ -125,9 +122,7 @@ class Detector:
         owner, rows = _per_frame(owner[good], rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[2]))
         return owner, _square(rows[:, :4])
 
-    def _finish(
-        self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> Owned:
         """O-Net over what is left -> owner (N,), faces (N, 15) float32."""
         score, moves, points = _chunked(self._onet, frames, owner, boxes, SIDES[1])
         good = score > THRESHOLDS[2]
@@ -266,9 +261,7 @@ def _square(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([corner, corner + np.maximum(np.round(side), 1)], axis=1)
 
 
-def _per_frame(
-    owner: np.ndarray, rows: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _per_frame(owner: np.ndarray, rows: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> Owned:
     """Each frame's rows thinned by `keep`, which gives the indices of those that stay."""
     kept = [np.empty(0, int)]
     for i in np.unique(owner):
@@ -345,20 +338,35 @@ def follow(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray |
     detections: for each of the T frames the faces (n, 15) that `Detector` found; times_s: (T,) strictly increasing;
     cuts: (T,) bool, True where a frame follows a cut: nobody is followed across one.
 
-    Faces are linked from frame to frame by the overlap with the place foreseen. The heaviest person (area x score x
-    rows) owns the time from his first to his last row; the next takes over in what is free, but only if most of his
-    own time is: whoever stands beside the main person all along does not fill his absences.
+    Faces are linked from frame to frame by the overlap with the place foreseen. Of all ways to have one person at a
+    time, the one of greatest weight (area x score, summed over rows) is taken. Others then take over in what is free,
+    but only where most of their own time is: a bystander does not fill the main person's absences.
     """
     people = [p for p in _link(detections, times_s, cuts) if len(p.rows) >= min(MIN_ROWS, len(detections))]
     out = np.full((len(detections), 15), np.nan, np.float32)
     taken = np.zeros(len(detections), bool)
-    for person in sorted(people, key=lambda p: -p.weight):
+    for person in _in_turn(people) + sorted(people, key=lambda p: -p.weight):
         rows = np.array(person.rows)
         free = ~taken[rows]
         if 2 * free.sum() > len(rows):
             out[rows[free]] = np.stack(person.faces)[free]
             taken[rows[0] : rows[-1] + 1] = True
     return out
+
+
+def _in_turn(people: list[_Person]) -> list[_Person]:
+    """The people of greatest weight together of whom no two overlap in time (weighted interval scheduling)."""
+    people = sorted(people, key=lambda p: p.rows[-1])
+    ends = [p.rows[-1] for p in people]
+    best: list[tuple[float, Any]] = [(0.0, ())]  # of the first i people: weight, (last, (last but one, ...))
+    for i, person in enumerate(people):
+        weight, before = best[bisect_left(ends, person.rows[0])]
+        best.append(max(best[i], (weight + person.weight, (person, before)), key=lambda b: b[0]))
+    chosen, chain = [], best[-1][1]
+    while chain:
+        person, chain = chain
+        chosen.append(person)
+    return chosen
 
 
 def _link(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | None) -> list[_Person]:
@@ -430,8 +438,6 @@ class Faces:
             if on_frames is not None:
                 on_frames(len(rgb))
         if not times:
-            raise VacliError(
-                f"{video.path}: no picture decodes; wanted a whole video; copy it again or leave it out"
-            )
+            raise VacliError(f"{video.path}: no picture decodes; wanted a whole video; copy it again")
         times_s = np.concatenate(times)
         return Track(follow(detections, times_s, np.array(cuts)), times_s)

@@ -99,6 +99,14 @@ class Video:
             if filled:
                 yield rgb[:filled], times_s[:filled]
 
+    def times(self) -> Iterator[float]:
+        """The time of every frame in seconds, as `frames` has them, without making pictures of them."""
+        with self._open() as container:
+            stream = self._pictures(container)
+            clock = _Clock(_start_s(container), stream.average_rate)
+            for _, stamp in self._decode(container, stream, "pictures"):
+                yield clock(stamp, stream.time_base)
+
     def sound(self, rate_hz: int = 16000) -> Iterator[np.ndarray]:
         """The sound as contiguous blocks (S,) float32: the mean of the channels at `rate_hz`, first sample at t = 0.
 

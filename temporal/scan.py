@@ -123,11 +123,13 @@ class _ChunkedScan(torch.autograd.Function):
         state = u.new_zeros(u.shape[1], *A.shape)
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         before = []
-        for rows in _chunks(u, A):
+        chunks, (decays, inputs) = _chunks(u, A, arrays=2)
+        for rows in chunks:
             before.append(state)
-            decay, states = _decay_and_input(u[rows] * delta[rows], delta[rows], A, B[rows])
-            # a copy: a view would keep the chunk's states alive
-            state = _run(decay.unbind(), states.unbind(), state).clone()
+            delta_k = delta[rows]
+            decay, states = decays[: len(delta_k)], inputs[: len(delta_k)]
+            _decay_and_input(u[rows] * delta_k, delta_k, A, B[rows], decay, states)
+            state = _run(decay.unbind(), states.unbind(), state).clone()  # the next chunk overwrites it
             out[rows] = _sum_states(C[rows], states)
         ctx.save_for_backward(u, delta, A, B, C, torch.stack(before))
         return out, state
@@ -138,15 +140,17 @@ class _ChunkedScan(torch.autograd.Function):
         u, delta, A, B, C, before = ctx.saved_tensors
         grad_u, grad_delta, grad_B, grad_C = (torch.empty_like(x) for x in (u, delta, B, C))
         grad_A = torch.zeros_like(A)
-        chunks = zip(_chunks(u, A), before.unbind(), strict=True)
-        for rows, start in reversed(list(chunks)):
+        grad_out = grad_out.contiguous()
+        chunks, scratch = _chunks(u, A, arrays=3)
+        for rows, start in reversed(list(zip(chunks, before.unbind(), strict=True))):
             u_k, delta_k, B_k, grad_k = u[rows], delta[rows], B[rows], grad_out[rows]
             driven = u_k * delta_k  # (K, B, D)
-            decay, states = _decay_and_input(driven, delta_k, A, B_k)
+            decay, states, grads = (array[: len(u_k)] for array in scratch)
+            _decay_and_input(driven, delta_k, A, B_k, decay, states)
             _run(decay.unbind(), states.unbind(), start)
             grad_C[rows] = _sum_dims(grad_k, states)
             # the gradient of a state: from its own row, and from the next state through that one's decay
-            grads = C[rows].unsqueeze(-1) * grad_k.unsqueeze(-2)  # (K, B, N, D)
+            torch.mul(C[rows].unsqueeze(-1), grad_k.unsqueeze(-2), out=grads)
             grads[-1] += grad_state
             grad_state = decay[0] * _run(decay.unbind()[:0:-1], grads.unbind()[-2::-1], grads[-1])
             grad_driven = _sum_states(B_k, grads)
@@ -156,20 +160,25 @@ class _ChunkedScan(torch.autograd.Function):
             grads[0] *= start
             grads[1:] *= states[:-1]
             grads *= decay
-            grad_delta[rows] = (grads * A).sum(2).addcmul_(grad_driven, u_k)
+            grad_delta[rows] = torch.mul(grads, A, out=states).sum(2).addcmul_(grad_driven, u_k)
             grad_A += grads.mul_(delta_k.unsqueeze(2)).sum((0, 1))
         return grad_u, grad_delta, grad_A, grad_B, grad_C
 
 
-def _chunks(u: Tensor, A: Tensor) -> list[slice]:
-    K = max(_CHUNK_ROWS_MIN, _CHUNK_VALUES // (u.shape[1] * A.numel()))
-    return [slice(first, first + K) for first in range(0, len(u), K)]
+def _chunks(u: Tensor, A: Tensor, arrays: int) -> tuple[list[slice], tuple[Tensor, ...]]:
+    """The rows of each chunk, and `arrays` empty (K, B, N, D) to work in: fresh ones for every chunk cost page
+    faults, which can double the time."""
+    L, K = len(u), max(_CHUNK_ROWS_MIN, _CHUNK_VALUES // (u.shape[1] * A.numel()))
+    chunks = [slice(first, first + K) for first in range(0, L, K)]
+    return chunks, u.new_empty(arrays, min(K, L), u.shape[1], *A.shape).unbind()
 
 
-def _decay_and_input(driven: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of a chunk what its state keeps of the one before and what it adds, both (K, B, N, D)."""
-    decay = (delta.unsqueeze(2) * (A * _LOG2_E)).exp2_()  # a third of the time of exp on a CPU
-    return decay, B.unsqueeze(-1) * driven.unsqueeze(2)
+def _decay_and_input(
+    driven: Tensor, delta: Tensor, A: Tensor, B: Tensor, decay: Tensor, added: Tensor
+) -> None:
+    """Writes for each row of a chunk what its state keeps of the one before, and what it adds to that."""
+    torch.mul(delta.unsqueeze(2), A * _LOG2_E, out=decay).exp2_()  # a third of the time of exp on a CPU
+    torch.mul(B.unsqueeze(-1), driven.unsqueeze(2), out=added)
 
 
 def _run(decay: Sequence[Tensor], added: Sequence[Tensor], state: Tensor) -> Tensor:
