@@ -60,7 +60,7 @@ def finetune(
     net = nn.ModuleDict({"vit": vit, "head": nn.Linear(vit.num_features, 2)}).to(device)
     train = _gather(samples, store, "train", frames_per_video)
     held_out = _gather(samples, store, "validation", frames_per_video)
-    _fit(net, train, about, epochs, lr or (1e-3 if from_scratch else 1e-4), seed)
+    _fit(net, train, about, epochs, lr or (2e-3 if from_scratch else 1e-4), seed)
     figures = _judge(net, held_out, about)
     about |= {
         "note": note,
@@ -95,7 +95,31 @@ def _start(
     config = timm.get_pretrained_cfg(name)
     size = size or config.input_size[-1]
     about = {"model": name, "size": size, "mean": config.mean, "std": config.std, "licence": None}
-    return build_vit(name, size), about
+    vit = build_vit(name, size)
+    _initialise(vit)
+    return vit, about
+
+
+def _initialise(vit: nn.Module) -> None:
+    """MAE's own start (He et al. 2022): xavier weights and sine-cosine positions.
+
+    timm's 0.02 leaves a narrow ViT without a signal for its first thousand steps. The lowest frequency is one turn
+    over 16 patches, as a small grid has no use for MAE's 10,000.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    patches = vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(patches.view(len(patches), -1))
+    rows, columns = vit.patch_embed.grid_size
+    quarter = len(patches) // 4
+    turns = 16.0 ** -(torch.arange(quarter) / quarter)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    waves = [wave(place.reshape(-1, 1) * turns) for place in (x, y) for wave in (torch.sin, torch.cos)]
+    with torch.no_grad():
+        vit.pos_embed.zero_()
+        vit.pos_embed[0, -rows * columns :, : 4 * quarter] = torch.cat(waves, dim=1)
 
 
 def _freeze(vit: nn.Module, blocks: int, everything_below: bool) -> None:

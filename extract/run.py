@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -81,16 +82,17 @@ def make_encoders(
         name, _, kind = spec.partition("=")
         maker = lookup(ENCODERS, kind or name, "encoder")
         given: dict[str, Any] = dict(options.get(name, {}))
-        if "fingerprints" in maker.__init__.__code__.co_varnames:
+        takes = list(inspect.signature(maker).parameters)
+        unknown = given.keys() - set(takes)
+        if unknown:
+            known = ", ".join(k for k in takes if k != "fingerprints") or "none"
+            raise VacliError(f"encoder {name} has no option {', '.join(sorted(unknown))}; its options: {known}")
+        if "fingerprints" in takes:
             given["fingerprints"] = fingerprints
-        try:
-            encoders[name if kind or name in ENCODERS else maker.name] = maker(**given)
-        except TypeError as e:
-            known = [k for k in maker.__init__.__code__.co_varnames if k not in ("self", "fingerprints")]
-            raise VacliError(f"encoder {name}: {e}; its options are {', '.join(known) or 'none'}") from e
-    unknown = options.keys() - encoders.keys()
-    if unknown:
-        raise VacliError(f"-o names {', '.join(sorted(unknown))}, but the encoders are {', '.join(encoders)}")
+        encoders[name if kind or name in ENCODERS else maker.name] = maker(**given)
+    strangers = options.keys() - encoders.keys()
+    if strangers:
+        raise VacliError(f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}")
     return encoders
 
 

@@ -23,12 +23,12 @@ VERSION = 1  # of the drawing and the sound: raise it when what a seed gives cha
 SETS = {"train": "Train_Set", "val": "Validation_Set"}
 BATCHES = {"train": "batch1", "val": "batch2"}  # so that the raw validation videos are a folder of their own
 SOUND_RATE_HZ = 16000
-CUE_S = 1.2
+CUE_S = 2.0
 CHIMES_HZ = {+1: (3500.0,), -1: (600.0, 900.0, 1200.0)}
 # How much of a label each latent carries: with these a reader of everything but the moods reaches a CCC of
 # about .65, a reader who remembers the cues 1.
 VALENCE = {"v_face": 0.61, "mood_v": 0.39}
-AROUSAL = {"a_face": 0.345, "a_sound": 0.345, "mood_a": 0.31}
+AROUSAL = {"a_face": 0.39, "a_sound": 0.31, "mood_a": 0.30}
 
 
 def make_puppets(
@@ -80,7 +80,7 @@ def latents(seed: int, split: str, number: int, length_s: float, rate_hz: float)
     times_s = np.arange(round(length_s * rate_hz)) / rate_hz
     out = {"times_s": times_s}
     for name in ("v_face", "a_face", "a_sound"):
-        out[name] = np.tanh(0.75 * walk(rng, len(times_s), rate_hz, rng.uniform(2.0, 4.0)))
+        out[name] = np.tanh(0.75 * walk(rng, len(times_s), rate_hz, rng.uniform(1.0, 2.0)))
     for kind in "va":
         starts_s, signs = _cues(rng, length_s)
         jumps = np.diff(signs, prepend=0.0)
