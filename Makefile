@@ -11,9 +11,6 @@ VENV  := .venv
 VACLI := $(VENV)/bin/vacli
 READY := $(VENV)/.installed
 
-# Two threads that wait for each other in a busy loop are slow beside any other work.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help install demo features train predict test test-all lint types clean
 
 help: ## list the targets
@@ -46,22 +43,26 @@ predict: $(READY) ## write valence and arousal of the videos in VIDEO=dir/ to pr
 ENCODER := demo/encoder.safetensors
 
 demo: $(READY) $(ENCODER) ## the whole job on puppet videos: features, training, evaluation, curves
+	$(VACLI) demo demo/data
 	@echo '== features of the puppets, into $(STORE)'
 	$(VACLI) extract demo/data --store "$(STORE)" -o mae.weights=$(ENCODER)
 	@echo '== heads: the linear baseline, then mamba'
-	$(VACLI) train --head linear --store "$(STORE)" --name demo-linear
-	$(VACLI) train --head mamba --store "$(STORE)" --name demo-mamba
-	$(VACLI) evaluate --run demo-linear --store "$(STORE)"
-	$(VACLI) evaluate --run demo-mamba --store "$(STORE)"
+	$(VACLI) train --head linear --store "$(STORE)"
+	$(VACLI) train --head mamba --store "$(STORE)"
+	$(VACLI) evaluate --run linear --store "$(STORE)"
+	$(VACLI) evaluate --run mamba --store "$(STORE)"
 	@echo '== curves of the raw validation videos'
-	$(VACLI) predict --video demo/data/batch2 --run demo-mamba --store "$(STORE)"
-	@echo 'The curves are in predictions/. The encoder knows puppets only: for people, see README.md.'
+	$(VACLI) predict --video demo/data/batch2 --run mamba --store "$(STORE)"
+	@echo 'The curves are in predictions/: one CSV per video. This encoder knows puppets only: for people, see README.md.'
 
+# The encoder is tuned on other puppets than the head learns from: from the same ones, the head would learn to trust
+# features that know the training labels by heart.
 $(ENCODER): | $(READY)
-	@echo '== the puppets, and a small ViT tuned on them: a stand-in for the MAE, which cannot be shipped'
-	$(VACLI) demo demo/data
-	$(VACLI) finetune demo/data --out $@ --store "$(STORE)" --from-scratch --model test_vit --size 112 \
-	  --epochs 8 --note 'a small ViT tuned on puppets for the demo: what it says of real people means nothing'
+	@echo '== puppets, and a small ViT tuned on them: a stand-in for the MAE, whose weights cannot be shipped'
+	$(VACLI) demo demo/tuning --train 64 --validation 8 --length-s 10 --seed 1
+	$(VACLI) finetune demo/tuning --out $@ --store demo/tuning.zarr --from-scratch --model test_vit --size 96 \
+	  --frames-per-video 100 --epochs 8 \
+	  --note 'a small ViT tuned on puppets for the demo: what it says of real people means nothing'
 
 # ---- for engineers -----------------------------------------------------------------------------------------
 

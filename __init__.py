@@ -10,7 +10,12 @@ __version__ = "0.1.0"
 
 
 class VacliError(Exception):
-    """A mishap the user can mend: its text says what came, what was wanted and how to mend it."""
+    """A mishap the user can mend: its text says what came, what was wanted and how to mend it.
+
+    fatal: it would befall every other video too (weights that do not fit, a full disk), so a run stops at it.
+    """
+
+    fatal = False
 
 
 def lookup(table: Mapping[str, str], name: str, kind: str) -> Any:

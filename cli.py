@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ def main() -> None:
     vacli train --head mamba
     vacli predict --video dir/
     """
+    # Threads that wait for each other in a busy loop halve the speed beside any other work; torch reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 _STORE = click.option("--store", default="features.zarr", show_default=True, help="The feature store.")
@@ -50,8 +53,8 @@ _OPTIONS = click.option(
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--train", default=24, show_default=True, help="Training videos.")
-@click.option("--validation", default=8, show_default=True, help="Validation videos, of other puppets.")
+@click.option("--train", default=20, show_default=True, help="Training videos.")
+@click.option("--validation", default=6, show_default=True, help="Validation videos, of other puppets.")
 @click.option("--length-s", default=60.0, show_default=True, help="Seconds of each video.")
 @click.option("--rate-hz", default=10.0, show_default=True, help="Frames per second.")
 @click.option("--seed", default=0, show_default=True)
@@ -170,7 +173,7 @@ def train(
 
 
 @main.command()
-@click.option("--run", "run_path", help="A run folder or name.  [default: the newest finished one]")
+@click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
 @_RUNS
 @_STORE
 @click.option("--no-smooth", is_flag=True, help="Judge the raw curves.")
@@ -190,7 +193,7 @@ def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> No
 
 @main.command()
 @click.option("--video", required=True, type=click.Path(path_type=Path), help="A video or a folder of them.")
-@click.option("--run", "run_path", help="A run folder or name.  [default: the newest finished one]")
+@click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
 @_RUNS
 @_STORE
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True)
@@ -359,8 +362,8 @@ def _summarise(outcomes: list[Outcome], store: str) -> None:
     there = sum(len(o.tracks) for o in outcomes if o.complete) - sum(
         len(o.computed) for o in outcomes if o.complete
     )
-    done = f"computed {computed} tracks" if computed else "computed nothing"
-    click.echo(f"{done}; {there} were in {store} already")
+    done = f"computed {computed} tracks" if computed else "nothing to compute"
+    click.echo(f"{done}; {there} tracks of {len(outcomes)} videos were in {store} already")
     for outcome in outcomes:
         if outcome.warning:
             click.echo(f"warning: {outcome.warning}", err=True)

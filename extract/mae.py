@@ -29,6 +29,12 @@ _NOT_ENCODER = ("decoder_", "mask_token", "head.", "fc_norm.", "head_drop.")
 _OFFICIAL_FILES = {"vit_base": "mae_pretrain_vit_base.pth", "vit_large": "mae_pretrain_vit_large.pth"}
 
 
+class EncoderError(VacliError):
+    """An encoder that cannot be made: unreadable weights, weights or a model that do not fit."""
+
+    fatal = True
+
+
 class Mae:
     """Aligned faces in, CLS embeddings out: crops (B, size, size, 3) uint8 RGB -> (B, dim) float32.
 
@@ -156,7 +162,7 @@ def load_encoder(vit: nn.Module, weights: Path) -> None:
     ]
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise VacliError(
+        raise EncoderError(
             f"weights {weights} do not fit the encoder: {'; '.join(sorted(misfits)[:3])}{more}; "
             "name the model they were made for with -o mae.model=NAME"
         )
@@ -170,13 +176,13 @@ def _state(weights: Path) -> dict[str, torch.Tensor]:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
         first_line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise VacliError(
+        raise EncoderError(
             f"cannot read weights {weights}: {first_line[:120]}; wanted .safetensors, or a .pth of plain tensors"
         ) from e
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise VacliError(f"weights {weights} hold no state dict of tensors; wanted timm's or MAE's layout")
+        raise EncoderError(f"weights {weights} hold no state dict of tensors; wanted timm's or MAE's layout")
     return state
 
 

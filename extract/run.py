@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import VacliError, lookup
-from ..store import Fingerprints, Store, StoreError, Track, combine, digest, folder_name
+from ..store import Fingerprints, Store, Track, combine, digest, folder_name
 from ..store.labels import VA_RECIPE, read_va
 from . import ENCODERS
 from .datasets import CROPS_RATE_HZ, Sample
@@ -102,7 +102,8 @@ def extract(
     """Make what is missing, sample by sample; one broken video never stops the others.
 
     link: tell the store's list of videos about the samples (so that training finds them). What was stored before
-    is not computed again; stop it at any time and call it again. Raises StoreError if the store cannot be written.
+    is not computed again; stop it at any time and call it again. Raises a fatal
+    VacliError for what would befall every video: a store that cannot be written, weights that do not fit.
     """
     faces = Faces()
     outcomes = []
@@ -133,9 +134,9 @@ def _one(sample: Sample, encoders: dict[str, Encoder], faces: Faces, store: Stor
                 "media": sample.media(store.fingerprints),
             }
             store.link(sample.id, facts, {n: _address(w) for n, w in outcome.tracks.items()})
-    except StoreError:
-        raise
     except VacliError as e:
+        if e.fatal:
+            raise
         outcome.problem = str(e)
     except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
         outcome.problem = f"{sample.video or sample.crops}: {type(e).__name__}: {e}"

@@ -42,7 +42,9 @@ _DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "float64": np
 
 
 class StoreError(VacliError):
-    """The store itself cannot be used (foreign, newer, full, read-only): no other video would fare better."""
+    """The store itself cannot be used: foreign, newer, full, read-only."""
+
+    fatal = True
 
 
 class Damaged(VacliError):

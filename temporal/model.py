@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from .. import VacliError
@@ -48,6 +48,12 @@ class WindowSpec(_Strict):
 
     length: int = Field(300, ge=1)
     stride: int = Field(200, ge=1)
+
+    @model_validator(mode="after")
+    def _covering(self) -> WindowSpec:
+        if self.stride > self.length:
+            raise ValueError(f"stride {self.stride} is beyond length {self.length}: rows between windows would be lost")
+        return self
 
 
 class TrainSpec(_Strict):

@@ -46,28 +46,24 @@ class Run:
         return net.eval().to(device)
 
 
-def open_run(path: str | Path | None, runs: str | Path = "runs") -> Run:
-    """The run in a folder, or the newest finished one of `runs`. Raises VacliError if there is none."""
-    if path is None:
-        finished = [
-            r
-            for r in (_read_run(p.parent) for p in Path(runs).glob("*/run.json"))
-            if r and "figures" in r.about
-        ]
-        if not finished:
-            raise VacliError(
-                f"no finished run in {runs}: train one with `vacli train --head mamba`, or name one with --run"
-            )
-        return max(finished, key=lambda r: r.about["finished_at"])
-    run = _read_run(Path(path)) or _read_run(Path(runs) / path)
-    if run is None:
-        known = sorted(p.parent.name for p in Path(runs).glob("*/run.json"))
-        raise VacliError(f"no run at {path}; runs in {runs}: {', '.join(known) or 'none'}")
-    if "figures" not in run.about:
-        raise VacliError(
-            f"run {run.path} is not finished: go on with the `vacli train` command that began it"
-        )
-    return run
+def open_run(wanted: str | Path | None, runs: str | Path = "runs") -> Run:
+    """A finished run: a folder, a name in `runs`, the newest one of a head by the head's name, or the newest of all.
+
+    Raises VacliError if there is none, or if the one asked for is not finished.
+    """
+    if wanted is not None:
+        run = _read_run(Path(wanted)) or _read_run(Path(runs) / wanted)
+        if run is not None and "figures" not in run.about:
+            raise VacliError(f"run {run.path} is not finished: go on with the `vacli train` command that began it")
+        if run is not None:
+            return run
+    every = [r for r in (_read_run(p.parent) for p in Path(runs).glob("*/run.json")) if r]
+    finished = [r for r in every if "figures" in r.about and wanted in (None, r.about["preset"]["name"])]
+    if not finished:
+        known = ", ".join(sorted(r.path.name for r in every)) or "none"
+        asked = "finished run" if wanted is None else f"run {wanted}"
+        raise VacliError(f"no {asked} in {runs} (there: {known}): train one with `vacli train --head mamba`")
+    return max(finished, key=lambda r: r.about["finished_at"])
 
 
 def _read_run(path: Path) -> Run | None:

@@ -219,7 +219,7 @@ def _fit(
     parameters = sum(p.numel() for p in net.parameters())
     frames = {split: sum(len(c.times_s) for c in cs) for split, cs in clips.items()}
     tell(
-        f"training {preset.name} ({parameters / 1e6:.2f} M parameters) on {len(clips['train'])} videos, "
+        f"training {preset.name} ({parameters:,} parameters) on {len(clips['train'])} videos, "
         f"{frames['train']} rows; judged by {len(clips['validation'])} videos, {frames['validation']} rows; on {device}"
     )
     lines = (path / "metrics.jsonl").read_text().splitlines()[:epoch] if epoch else []
@@ -248,6 +248,14 @@ def _fit(
             f"{frames['train'] / seconds:,.0f} rows/s  at most {(preset.train.epochs - epoch) * seconds:.0f} s left"
         )
     _finish(path, about, net, windows["validation"], device)
+
+
+def _optimizer(net: Network, preset: Preset) -> torch.optim.Optimizer:
+    """AdamW; Mamba's A and D do not decay, as in mamba-ssm: towards zero A would mean remembering everything."""
+    kept = [p for name, p in net.named_parameters() if name.endswith((".A_log", ".D"))]
+    rest = [p for name, p in net.named_parameters() if not name.endswith((".A_log", ".D"))]
+    decays = [{"params": rest, "weight_decay": preset.train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(decays, lr=preset.train.lr)
 
 
 def _epoch(

@@ -1,0 +1,248 @@
+"""The commands as a user types them: the three lines on both layouts, and every bad input told in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from vacli.cli import main
+from vacli.extract.finetune import _initialise
+from vacli.extract.mae import build_vit
+from vacli.extract.synthetic import make_puppets
+
+from .media_files import clicks, pictures, write_video
+
+TINY = ["--set", "train.epochs=1", "--set", "encode.*.blocks=[{linear={dim=8}}]"]
+TINY += ["--set", "decode=[{mamba={layers=1,state=2,conv=2,expand=1}}]"]
+
+
+def vacli(*words: object, fails: bool = False) -> Result:
+    result = CliRunner().invoke(main, [str(w) for w in words])
+    told = f"{result.output}\n{result.exception!r}"
+    assert result.exit_code == (1 if fails else 0), told
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), told
+    return result
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """A folder with puppets in the Aff-Wild2 layout, tiny encoder weights, features and a trained run."""
+    lab = tmp_path_factory.mktemp("lab")
+    make_puppets(lab / "data", train=2, validation=1, length_s=3, rate_hz=5, processes=1)
+    torch.manual_seed(0)
+    vit = build_vit("test_vit", 64)
+    _initialise(vit)
+    about = {"model": "test_vit", "size": 64, "note": "made up for a test"}
+    save_file(vit.state_dict(), lab / "vit.safetensors", metadata={"vacli": json.dumps(about)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(lab)
+        vacli("extract", "data", "-o", "mae.weights=vit.safetensors")
+        vacli("train", "--head", "mamba", *TINY)
+    return lab
+
+
+@pytest.fixture
+def at(lab, tmp_path, monkeypatch) -> Path:
+    """A copy of the lab to work in."""
+    shutil.copytree(lab, tmp_path / "lab")
+    (tmp_path / "lab" / "vit.safetensors").unlink()  # a run names its weights by their whole path
+    (tmp_path / "lab" / "vit.safetensors").symlink_to(lab / "vit.safetensors")
+    monkeypatch.chdir(tmp_path / "lab")
+    return tmp_path / "lab"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_the_three_lines_on_the_aff_wild2_layout(at):
+    told = vacli("extract", "data", "-o", "mae.weights=vit.safetensors").output
+    assert "nothing to compute; 9 tracks of 3 videos were in features.zarr already" in told
+    assert "note: mae: made up for a test" in told
+    vacli("train", "--head", "linear", "--set", "train.epochs=1")
+    assert "1 of 1 curves" in vacli("predict", "--video", "data/batch2").output
+    curve = rows(at / "predictions" / "puppet_val_00.csv")
+    assert list(curve[0]) == ["frame", "time_s", "valence", "arousal", "face"]
+    assert [int(r["frame"]) for r in curve] == list(range(1, 16))
+    np.testing.assert_allclose([float(r["time_s"]) for r in curve], np.arange(15) / 5, atol=1e-5)
+    assert all(-1 <= float(r[k]) <= 1 for r in curve for k in ("valence", "arousal"))
+
+
+def test_the_three_lines_on_a_plain_folder_of_labelled_videos(at):
+    plain = at / "plain"
+    for number in range(3):
+        video = write_video(plain_path(plain, number), pictures(12, 96, 96), sound=clicks(0.48, [0.1]))
+        labels = np.linspace(-0.5, 0.5, 12)
+        text = "valence,arousal\n" + "".join(f"{v:.3f},{-v:.3f}\n" for v in labels)
+        video.with_suffix(".txt").write_text(text)
+    store = ("--store", "plain.zarr")
+    vacli("extract", plain, *store, "-o", "mae.weights=vit.safetensors")
+    told = vacli("train", "--head", "linear", *store, "--set", "train.epochs=2").output
+    assert "no validation set: held out 1 of 3" in told
+    vacli("predict", "--video", plain, *store)
+    assert len(rows(at / "predictions" / "day0" / "clip0.csv")) == 12
+
+
+def plain_path(plain: Path, number: int) -> Path:
+    (plain / f"day{number}").mkdir(parents=True)
+    return plain / f"day{number}" / f"clip{number}.mp4"
+
+
+def test_evaluate_gives_the_figures_of_the_run_every_time(at):
+    told = vacli("evaluate").output
+    assert told == vacli("evaluate", "--run", "mamba").output
+    run = json.loads(next((at / "runs").glob("*/run.json")).read_text())
+    assert f"mean {run['figures']['mean']:.4f}" in told
+
+
+def test_a_second_prediction_extracts_nothing_and_is_the_same(at):
+    vacli("predict", "--video", "data/batch2")
+    first = (at / "predictions" / "puppet_val_00.csv").read_bytes()
+    told = vacli("predict", "--video", "data/batch2").output
+    assert "nothing to compute" in told
+    assert (at / "predictions" / "puppet_val_00.csv").read_bytes() == first
+
+
+def test_the_store_lists_and_verifies(at):
+    assert "puppet_val_00            validation" in vacli("store", "ls").output
+    assert "9 tracks read, 0 damaged" in vacli("store", "verify").output
+    chunk = next((at / "features.zarr").glob("mae@*/*/values/c.0.0"))
+    chunk.write_bytes(bytes(64) + chunk.read_bytes()[64:])
+    told = vacli("store", "verify", fails=True).output
+    assert "damaged track mae@" in told
+    assert "1 damaged" in told
+
+
+def test_a_damaged_track_is_made_again_and_the_others_are_not(at):
+    chunk = next((at / "features.zarr").glob("logmel@*/*/values/c.0.0"))
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    told = vacli("extract", "data", "-o", "mae.weights=vit.safetensors").output
+    assert "computed 1 tracks; 8 tracks" in told
+
+
+def test_heads_and_encoders_are_listed():
+    assert {"linear", "mamba"} <= {line.split()[0] for line in vacli("heads").output.splitlines()}
+    assert vacli("heads", "mamba").output.startswith("#")
+    assert {line.split()[0] for line in vacli("encoders").output.splitlines()} == {"mae", "logmel"}
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------
+
+
+def bad_media(folder: Path) -> Path:
+    """One good video, and one of each kind that is not."""
+    folder.mkdir()
+    good = write_video(folder / "good.mp4", pictures(10, 96, 96), sound=clicks(0.4, [0.1]))
+    (folder / "text.mp4").write_text("I am a text file\n" * 100)
+    (folder / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    write_video(folder / "silent.mp4", pictures(10, 96, 96))
+    write_video(folder / "blind.mkv", sound=clicks(0.4, [0.1]))
+    write_video(folder / "whole.mkv", pictures(60, 96, 96), sound=clicks(2.4, [0.1]))
+    whole = (folder / "whole.mkv").read_bytes()
+    (folder / "torn.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    return folder
+
+
+def test_broken_videos_are_listed_and_the_others_go_on(at):
+    folder = bad_media(at / "bad")
+    told = vacli("predict", "--video", folder, fails=True).output
+    listed = told[told.index("videos had a problem") :]
+    for name, complaint in (
+        ("text", "cannot be read as a video"),
+        ("cut", "cannot be read as a video"),
+        ("silent", "has no sound"),
+        ("blind", "no pictures"),
+        ("torn", "cut off after"),
+    ):
+        [line] = [line for line in listed.splitlines() if line.startswith(f"  {name}:")]
+        assert complaint in line
+    assert "  good:" not in listed
+    assert "  whole:" not in listed
+    written = {p.stem: len(rows(p)) for p in (at / "predictions").glob("*.csv")}
+    torn = written.pop("torn")
+    assert 1 <= torn < 60
+    assert written == {"good": 10, "silent": 10, "whole": 60}
+    again = vacli("predict", "--video", folder, fails=True).output
+    assert again[again.index("videos had a problem") :] == listed
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["extract", "nowhere"], "no such file or folder: nowhere; wanted a video or a folder of videos"),
+        (["extract", "empty"], "no videos below empty; wanted files ending in .avi"),
+        (["extract", "data", "--encoder", "mea"], "unknown encoder 'mea'; known: logmel, mae"),
+        (
+            ["extract", "data", "-o", "mae.weight=x"],
+            "encoder mae has no option weight; its options: model, weights",
+        ),
+        (["extract", "data", "-o", "weights=x"], "wanted NAME.KEY=VALUE"),
+        (["extract", "data", "-o", "mae.weights=none.pth"], "no weights at"),
+        (["extract", "data"], "no weights for vit_large_patch16_224.mae and no network: get them from https"),
+        (
+            ["extract", "data", "-o", "mae.weights=vit.safetensors", "-o", "mae.model=vit_tiny_patch16_224"],
+            "do not fit the encoder",
+        ),
+        (["extract", "data", "--store", "empty.txt"], "is not a vacli store"),
+        (["extract", "data", "--store", "foreign"], "is not a vacli store"),
+        (["train", "--head", "mambo"], "unknown head 'mambo'; known: linear, mamba"),
+        (["train", "--store", "none.zarr"], "no feature store at none.zarr: make one with `vacli extract"),
+        (["train", "--set", "train.epoch=3"], "unknown key train.epoch; known there: epochs"),
+        (["train", "--set", "train.epochs"], "wanted KEY=VALUE"),
+        (["train", "--stream", "vggish"], "no labelled video of features.zarr has a track vggish"),
+        (["evaluate", "--run", "none"], "no run none in runs"),
+        (["evaluate", "--store", "none.zarr"], "no feature store at none.zarr"),
+        (["predict", "--video", "nowhere"], "no such file or folder: nowhere"),
+        (["predict", "--video", "data", "--runs", "empty"], "no finished run in empty"),
+        (["finetune", "empty"], "no videos below empty"),
+        (["heads", "mambo"], "unknown head 'mambo'"),
+        (["store", "ls", "--store", "none.zarr"], "no feature store at none.zarr"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_users_mistake_is_one_line_and_loses_nothing(at, words, complaint):
+    (at / "empty").mkdir()
+    (at / "empty.txt").write_text("")
+    (at / "foreign").mkdir()
+    (at / "foreign" / "thesis.doc").write_text("mine")
+    before = {p: p.read_bytes() for p in at.rglob("*") if p.is_file()}
+    told = vacli(*words, fails=True).output
+    errors = [line for line in told.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert complaint in errors[0]
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_a_run_refuses_features_of_other_weights(at, lab):
+    about = {"model": "test_vit", "size": 64}
+    save_file(
+        build_vit("test_vit", 64).state_dict(),
+        at / "other.safetensors",
+        metadata={"vacli": json.dumps(about)},
+    )
+    words = ["-o", "mae.weights=other.safetensors"]
+    told = vacli("predict", "--video", "data/batch2", *words, fails=True).output
+    assert "was trained on another mae: weights_sha256" in told
+
+
+def test_two_recipes_of_one_stream_never_mix(at):
+    words = ["--store", "mix.zarr", "-o", "mae.weights=vit.safetensors"]
+    vacli("extract", "data", *words)
+    for path in at.glob("data/*/**/puppet_val_00*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    vacli("extract", "data", *words, "-o", "mae.dtype=bfloat16")
+    told = vacli("train", "--head", "linear", "--store", "mix.zarr", fails=True).output
+    assert "made in 2 different ways, which never mix" in told
+    [choice, _] = [word for word in told.split() if word.startswith("mae@")]
+    quick = ["--head", "linear", "--set", "train.epochs=1"]
+    told = vacli("train", "--store", "mix.zarr", *quick, "--stream", choice).output
+    assert "left out" in told
