@@ -77,7 +77,7 @@ lint: $(READY) ## check the style
 	$(VENV)/bin/ruff format --check .
 
 types: $(READY) ## check the types (mypy sees the package as it is built)
-	@T=$$(mktemp -d) && trap 'rm -rf "$$T"' EXIT && \
+	@T=$$(mktemp -d) && trap 'rm -rf "$$T" build' EXIT && \
 	  $(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -t "$$T" . && \
 	  MYPYPATH="$$T" $(VENV)/bin/python -m mypy -p vacli
 

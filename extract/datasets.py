@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +61,14 @@ class Sample:
 
     def frame_times_s(self) -> np.ndarray:
         """(T,) seconds of every frame: of the video where it is there, else of the crops at CROPS_RATE_HZ."""
-        if self.video is not None:
-            return np.fromiter(Video(self.video).times(), np.float64)
-        return np.arange(max(self.crop_files(), default=-1) + 1) / CROPS_RATE_HZ
+        return self.frame_clock()[0]
+
+    def frame_clock(self) -> tuple[np.ndarray, str | None]:
+        """`frame_times_s`, and what of the video could not be read on the way."""
+        if self.video is None:
+            return np.arange(max(self.crop_files(), default=-1) + 1) / CROPS_RATE_HZ, None
+        video = Video(self.video)
+        return np.fromiter(video.times(), np.float64), video.damage
 
     def read_crops(self, rows: int, batch: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The aligned faces of the first `rows` frames: (crops (n, H, W, 3) uint8 RGB, rows (n,)), in order.
@@ -101,11 +107,11 @@ def find(root: str | Path) -> list[Sample]:
     if not root.exists():
         raise VacliError(f"no such file or folder: {root}; wanted a video or a folder of videos")
     if root.is_file():
-        return [Sample(root.stem, root.parent.resolve(), video=root)]
+        return _plain(root.parent, [root])
     if (root / "annotations").is_dir() or any(root.glob("cropped_aligned*/")):
         samples = _affwild2(root)
     else:
-        samples = _plain(root)
+        samples = _plain(root, _videos(root))
     if not samples:
         kinds = " ".join(sorted(SUFFIXES))
         raise VacliError(f"no videos below {root}; wanted files ending in {kinds}, or the Aff-Wild2 layout")
@@ -113,17 +119,21 @@ def find(root: str | Path) -> list[Sample]:
 
 
 def _videos(root: Path) -> list[Path]:
-    inside = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    return _in_sight(root, (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
 
 
-def _plain(root: Path) -> list[Sample]:
+def _in_sight(root: Path, paths: Iterable[Path]) -> list[Path]:
+    """Sorted, without what a leading dot hides (.ipynb_checkpoints/, ._clip.mp4)."""
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
+def _plain(root: Path, videos: list[Path]) -> list[Sample]:
     """Every video is a sample; `train/` and `validation/` folders split it, `clip.txt` beside `clip.mp4` labels it."""
-    videos = _videos(root)
     stems = [p.relative_to(root).with_suffix("").as_posix() for p in videos]
+    count = Counter(stems)
     samples = []
     for path, stem in zip(videos, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else path.relative_to(root).as_posix()  # a.mp4 beside a.mov
+        name = stem if count[stem] == 1 else path.relative_to(root).as_posix()  # a.mp4 beside a.mov
         annotation = path.with_suffix(".txt")
         samples.append(
             Sample(
@@ -157,8 +167,8 @@ def _split_of(path: Path, root: Path) -> str | None:
 
 def _affwild2(root: Path) -> list[Sample]:
     """Annotation stems and crop folders are the ids; `_left`/`_right` share the video of the bare name."""
-    annotations = {p.stem: p for p in sorted(root.glob("annotations/**/*.txt")) if _is_va(p)}
-    crops = {p.name: p for p in sorted(root.glob("cropped_aligned*/*/"))}
+    annotations = {p.stem: p for p in _in_sight(root, root.glob("annotations/**/*.txt")) if _is_va(p)}
+    crops = {p.name: p for p in _in_sight(root, root.glob("cropped_aligned*/*/"))}
     videos = {p.stem: p for p in _videos(root)}
     bare = {name: re.sub(r"_(left|right)$", "", name) for name in annotations.keys() | crops.keys()}
     names = bare.keys() | (

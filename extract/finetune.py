@@ -75,24 +75,24 @@ def finetune(
 
 def _start(
     model: str | None, weights: str | None, from_scratch: bool, size: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     if not from_scratch:
         mae = Mae(model, weights)
         vit = build_vit(mae.model_name, mae.size)
         assert mae.weights is not None
         load_encoder(vit, mae.weights)
-        licence = timm.get_pretrained_cfg(mae.model_name).license
         return vit, {
             "model": mae.model_name,
             "size": mae.size,
             "mean": mae.mean,
             "std": mae.std,
-            "licence": licence,
+            "licence": mae.licence_id,
         }
     name = model or DEFAULT_MODEL
     if not timm.is_model(name):
         raise VacliError(f"timm knows no model {name!r}; `timm.list_models('vit_*')` lists them")
     config = timm.get_pretrained_cfg(name)
+    assert config is not None
     size = size or config.input_size[-1]
     about = {"model": name, "size": size, "mean": config.mean, "std": config.std, "licence": None}
     vit = build_vit(name, size)
@@ -100,7 +100,7 @@ def _start(
     return vit, about
 
 
-def _initialise(vit: nn.Module) -> None:
+def _initialise(vit: Any) -> None:
     """MAE's own start (He et al. 2022): xavier weights and sine-cosine positions.
 
     timm's 0.02 leaves a narrow ViT without a signal for its first thousand steps. The lowest frequency is one turn
@@ -122,7 +122,7 @@ def _initialise(vit: nn.Module) -> None:
         vit.pos_embed[0, -rows * columns :, : 4 * quarter] = torch.cat(waves, dim=1)
 
 
-def _freeze(vit: nn.Module, blocks: int, everything_below: bool) -> None:
+def _freeze(vit: Any, blocks: int, everything_below: bool) -> None:
     """Frozen parameters take no gradient, so no optimiser memory either."""
     if everything_below:
         for name, parameter in vit.named_parameters():
@@ -190,7 +190,8 @@ def _jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _predict(net: nn.ModuleDict, images: torch.Tensor, about: dict[str, Any]) -> torch.Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        tokens = net["vit"].forward_features(normalise(images, tuple(about["mean"]), tuple(about["std"])))
+        vit: Any = net["vit"]
+        tokens = vit.forward_features(normalise(images, tuple(about["mean"]), tuple(about["std"])))
         return net["head"](tokens[:, 0]).float()
 
 

@@ -13,7 +13,7 @@ from ..store import Track
 WINDOW_S, HOP_S = 0.025, 0.010
 BANDS, LOW_HZ, HIGH_HZ = 64, 125.0, 7500.0
 LOG_OFFSET = 0.01  # keeps the log of silence finite
-_BLOCK_HOPS = 6000  # one minute at a time: memory does not grow with the recording
+_BLOCK_ROWS = 6000  # one minute at a time: memory does not grow with the recording
 
 
 def mel_filterbank(rate_hz: int, fft: int) -> np.ndarray:
@@ -58,16 +58,17 @@ class LogMel:
     def __call__(self, blocks: Iterable[np.ndarray]) -> Track:
         """blocks: float32 mono samples at rate_hz in pieces of any length, the first sample at t = 0."""
         window, hop = round(WINDOW_S * self.rate_hz), round(HOP_S * self.rate_hz)
+        seen, step = (_BLOCK_ROWS - 1) * hop + window, _BLOCK_ROWS * hop  # samples
         rows: list[np.ndarray] = []
-        held: list[np.ndarray] = []
+        held, length = [np.zeros(0, np.float32)], 0
         for block in blocks:
             held.append(block)
-            if sum(map(len, held)) >= _BLOCK_HOPS * hop + window:
+            length += len(block)
+            while length >= seen:  # always the same rows at a time: a matrix product's last bits depend on them
                 samples = np.concatenate(held)
-                rows.append(log_mel(samples, self.rate_hz).astype(np.float16))
-                held = [samples[len(rows[-1]) * hop :]]
-        rest = np.concatenate([*held, np.zeros(0, np.float32)])
-        rows.append(log_mel(rest, self.rate_hz).astype(np.float16))
+                rows.append(log_mel(samples[:seen], self.rate_hz).astype(np.float16))
+                held, length = [samples[step:]], max(0, length - step)
+        rows.append(log_mel(np.concatenate(held), self.rate_hz).astype(np.float16))
         values = np.concatenate(rows)
         return Track(values, np.arange(len(values)) * HOP_S + WINDOW_S / 2)
 

@@ -69,7 +69,8 @@ class Mae:
         self.note = described.get("note")
         config = timm.get_pretrained_cfg(self.model_name)
         assert config is not None
-        self.licence = LICENCES.get(str(described.get("licence") or config.license))
+        self.licence_id = described.get("licence", config.license)
+        self.licence = LICENCES.get(str(self.licence_id))
         self.size = int(described.get("size", config.input_size[-1]))
         self.mean = tuple(described.get("mean", config.mean))
         self.std = tuple(described.get("std", config.std))
@@ -103,7 +104,7 @@ class Mae:
         }
 
     @cached_property
-    def _vit(self) -> nn.Module:
+    def _vit(self) -> Any:
         """Built at the first crop: planning a run that has nothing to do loads no model."""
         assert self.weights is not None
         vit = build_vit(self.model_name, self.size)
@@ -122,11 +123,11 @@ class Mae:
         return tokens[:, 0].float().cpu().numpy()
 
 
-def build_vit(model: str, size: int) -> nn.Module:
+def build_vit(model: str, size: int) -> Any:
     """A timm ViT without its head. Raises VacliError if it has no CLS token."""
     vit = timm.create_model(model, pretrained=False, num_classes=0, img_size=size)
     if getattr(vit, "cls_token", None) is None or getattr(vit, "global_pool", "") != "token":
-        raise VacliError(
+        raise EncoderError(
             f"{model} has no CLS token read by its final norm; wanted a ViT such as {DEFAULT_MODEL}"
         )
     return vit

@@ -110,7 +110,7 @@ def extract(
     calm = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
     with tqdm(samples, desc="extract", unit="video", dynamic_ncols=True, mininterval=calm) as bar:
         for sample in bar:
-            bar.set_postfix_str(sample.id[-40:])
+            bar.set_postfix_str(sample.id[-40:], refresh=sys.stderr.isatty())
             outcomes.append(_one(sample, encoders, faces, store, link))
             store.remember_fingerprints()
     return outcomes

@@ -38,7 +38,7 @@ from .track import Track
 
 FORMAT = 1
 _JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
-_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 
 
 class StoreError(VacliError):
@@ -335,7 +335,7 @@ def _write_array(folder: Path, array: np.ndarray) -> dict[str, Any]:
     if raw.size:
         with open(folder / _chunk_name(array.ndim), "xb") as f:
             os.posix_fallocate(f.fileno(), 0, raw.size + 4)  # a full disk refuses here, before the first byte
-            f.write(raw)
+            f.write(raw.data)
             f.write(crc.to_bytes(4, "little"))
             f.flush()
             os.fsync(f.fileno())
@@ -352,7 +352,7 @@ def _write_array(folder: Path, array: np.ndarray) -> dict[str, Any]:
     }
     _write_file(folder / "zarr.json", json.dumps(metadata, indent=1).encode())
     _sync_dir(folder)
-    sha256 = hashlib.sha256(raw).hexdigest()
+    sha256 = hashlib.sha256(raw.data).hexdigest()
     return {"shape": list(array.shape), "dtype": name, "crc32c": crc, "sha256": sha256}
 
 

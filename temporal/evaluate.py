@@ -49,7 +49,11 @@ def evaluate(run: Run, store: Store, smooth: bool = True) -> dict[str, Any]:
 
 
 def load_clips(store: Store, about: dict[str, Any], split: str) -> list[Clip]:
-    """The clips of a run's split, by the recipes and media its run.json names; nothing else will do."""
+    """The clips of a run's split, by the recipes and media its run.json names; nothing else will do.
+
+    Their clock is that of the labels, one row for a frame: also where a video has only the sound, at its own rate.
+    Raises VacliError that says which track the store lacks.
+    """
     clips = []
     dims = {name: stream["dim"] for name, stream in about["streams"].items()}
     for video_id, media in about[split].items():
@@ -62,6 +66,6 @@ def load_clips(store: Store, about: dict[str, Any], split: str) -> list[Clip]:
                     "run `vacli extract` on its videos again, with the encoder of run.json"
                 )
             tracks[name] = store.get(recipe, digest)
-        clock = next(tracks[name] for name in dims if name in tracks)
-        clips.append(Clip.on_clock(video_id, clock.times_s, tracks, dims, tracks["label.va"]))
+        labels = tracks.pop("label.va")
+        clips.append(Clip.on_clock(video_id, labels.times_s, tracks, dims, labels))
     return clips

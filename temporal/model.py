@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import inspect
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 
 from .. import VacliError
@@ -22,7 +31,9 @@ TASK_TARGETS = {"va": 2}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Nothing is guessed: an unknown key, "10" for 10 and an infinite learning rate are all refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Encode(_Strict):
@@ -52,7 +63,9 @@ class WindowSpec(_Strict):
     @model_validator(mode="after")
     def _covering(self) -> WindowSpec:
         if self.stride > self.length:
-            raise ValueError(f"stride {self.stride} is beyond length {self.length}: rows between windows would be lost")
+            raise ValueError(
+                f"stride {self.stride} is beyond length {self.length}: rows between windows would be lost"
+            )
         return self
 
 
@@ -77,7 +90,7 @@ class Preset(_Strict):
     encode: dict[str, Encode] = {"*": Encode()}
     fuse: Literal["sum", "concat"] = "concat"
     decode: list[BlockSpec] = []
-    tasks: dict[Literal["va"], Task] = {"va": Task()}
+    tasks: dict[Literal["va"], Task] = Field({"va": Task()}, min_length=1)
     windows: WindowSpec = WindowSpec()
     train: TrainSpec = TrainSpec()
 
@@ -85,6 +98,13 @@ class Preset(_Strict):
     @classmethod
     def _known(cls, blocks: list[BlockSpec]) -> list[BlockSpec]:
         return _check_blocks(blocks)
+
+    @field_validator("streams")
+    @classmethod
+    def _once(cls, streams: list[str]) -> list[str]:
+        if len(set(streams)) < len(streams):
+            raise ValueError(f"a stream is named twice: {', '.join(streams)}")
+        return streams
 
 
 def _check_blocks(blocks: list[BlockSpec]) -> list[BlockSpec]:
@@ -96,13 +116,47 @@ def _check_blocks(blocks: list[BlockSpec]) -> list[BlockSpec]:
         ((name, options),) = spec.items()
         if name not in BLOCKS:
             raise ValueError(f"unknown block {name!r}; known: {', '.join(BLOCKS)}")
-        known = [k for k in inspect.signature(BLOCKS[name]).parameters if k != "dim_in"]
-        unknown = set(options) - set(known)
-        if unknown:
-            raise ValueError(
-                f"block {name} has no option {', '.join(sorted(unknown))}; known: {', '.join(known)}"
-            )
+        known = _options_of(BLOCKS[name])
+        try:
+            known.model_validate(options)
+        except ValidationError as e:
+            raise ValueError(f"block {name}: {_one_line(e, known)}") from e
     return blocks
+
+
+_Count = Annotated[int, Field(ge=1)]
+_COUNTS: dict[Any, Any] = {int: _Count, Sequence[int]: Annotated[Sequence[_Count], Field(min_length=1)]}
+
+
+def _options_of(block: type[nn.Module]) -> type[BaseModel]:
+    """A block's keyword options, read from its signature; whole numbers among them count from 1."""
+    hints = get_type_hints(block.__init__)
+    fields: dict[str, Any] = {
+        p.name: (_COUNTS.get(hints[p.name], hints[p.name]), ... if p.default is p.empty else p.default)
+        for p in inspect.signature(block).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    return create_model(block.__name__, __base__=_Strict, **fields)
+
+
+def _one_line(error: ValidationError, top: type[BaseModel]) -> str:
+    """The first thing wrong: its key, what came, and for an unknown key those known in its table."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        table = _TABLES.get(first["loc"][0], top) if len(first["loc"]) > 1 else top
+        return f"unknown key {key}; known there: {', '.join(table.model_fields) or 'none'}"
+    if first["type"] == "value_error":  # our own: says what came
+        return f"{key}: {first['ctx']['error']}"
+    return f"{key}: {first['msg']}, got {str(first['input'])[:80]!r}"
+
+
+_TABLES: dict[int | str, type[BaseModel]] = {
+    "encode": Encode,
+    "tasks": Task,
+    "windows": WindowSpec,
+    "train": TrainSpec,
+}
 
 
 def preset_names() -> list[str]:
@@ -127,7 +181,10 @@ def _folder() -> Any:
 
 
 def load_preset(head: str, changes: dict[str, str] | None = None, streams: list[str] | None = None) -> Preset:
-    """A checked preset. changes: dotted key -> TOML value, as in --set train.epochs=10. streams: instead of its own."""
+    """A checked preset. changes: dotted key -> TOML value, as in --set train.epochs=10. streams: instead of its own.
+
+    Raises VacliError that names the key, what came, and the keys known there.
+    """
     try:
         tree = tomllib.loads(preset_text(head))
     except tomllib.TOMLDecodeError as e:
@@ -140,9 +197,14 @@ def load_preset(head: str, changes: dict[str, str] | None = None, streams: list[
             if not isinstance(branch, dict):
                 raise VacliError(f"--set {key}={value}: {part} is no table in preset {head}")
         branch[last] = _toml_value(value)
-    if streams:
-        tree["streams"] = streams
-    return check_preset(tree, head)
+    preset = check_preset(tree, head)
+    strangers = preset.encode.keys() - {"*", *preset.streams}  # a typo here would go unheard
+    if strangers:
+        raise VacliError(
+            f"preset {head}: encode.{min(strangers)} is for none of its streams; "
+            f'wanted "*" or one of {", ".join(preset.streams)}'
+        )
+    return check_preset({**tree, "streams": streams}, head) if streams else preset
 
 
 def _toml_value(text: str) -> Any:
@@ -157,24 +219,7 @@ def check_preset(tree: dict[str, Any], where: str) -> Preset:
     try:
         return Preset.model_validate(tree)
     except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise VacliError(
-                f"preset {where}: unknown key {key}; known there: {_known_keys(first['loc'])}"
-            ) from e
-        raise VacliError(f"preset {where}: {key}: {first['msg']}, got {str(first['input'])[:80]!r}") from e
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    tables: dict[Any, type[BaseModel]] = {
-        "encode": Encode,
-        "tasks": Task,
-        "windows": WindowSpec,
-        "train": TrainSpec,
-    }
-    table = tables.get(location[0], Preset) if len(location) > 1 else Preset
-    return ", ".join(table.model_fields)
+        raise VacliError(f"preset {where}: {_one_line(e, Preset)}") from e
 
 
 class Network(nn.Module):
@@ -187,45 +232,51 @@ class Network(nn.Module):
     def __init__(self, preset: Preset, dims: dict[str, int]) -> None:
         super().__init__()
         self.fuse = preset.fuse
-        self.encode = nn.ModuleDict()
-        self.absent = nn.ParameterDict()
-        for name in preset.streams:
-            spec = preset.encode.get(name) or preset.encode.get("*") or Encode()
-            self.encode[name] = _StreamEncoder(spec, dims[name])
-            self.absent[name] = nn.Parameter(torch.zeros(self.encode[name].dim))
-        widths = [e.dim for e in self.encode.values()]
+        self.streams = list(preset.streams)
+        # in the order of the streams, not by name: torch refuses names with a dot, and "half" or "type"
+        encoders = [_StreamEncoder(_encode_of(preset, name), dims[name]) for name in self.streams]
+        widths = [encoder.dim for encoder in encoders]
+        self.encode = nn.ModuleList(encoders)
+        self.absent = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths)
         if self.fuse == "sum" and len(set(widths)) > 1:
             raise VacliError(
-                f"fuse = sum wants streams of one width, got {dict(zip(self.encode, widths, strict=True))}"
+                f"fuse = sum wants streams of one width, got {dict(zip(self.streams, widths, strict=True))}: "
+                "end each stream's blocks with the same dim, or use fuse = concat"
             )
         dim = widths[0] if self.fuse == "sum" else sum(widths)
-        self.decode = nn.ModuleList(_chain(preset.decode, dim))
-        dim = self.decode[-1].dim if len(self.decode) else dim
+        self.decode, dim = _chain(preset.decode, dim)
         self.tasks = nn.ModuleDict(
             {name: _head(task, dim, TASK_TARGETS[name]) for name, task in preset.tasks.items()}
         )
 
     def standardise_by(self, moments: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Take mean and deviation (D,) of each stream, once, from the training rows."""
-        for name, (mean, deviation) in moments.items():
-            self.encode[name].mean.copy_(mean)
-            self.encode[name].deviation.copy_(deviation)
+        for name, encoder in zip(self.streams, self.encode, strict=True):
+            assert isinstance(encoder, _StreamEncoder)
+            mean, deviation = moments[name]
+            encoder.mean.copy_(mean)
+            encoder.deviation.copy_(deviation)
 
     def forward(
         self, streams: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         any_seen = torch.stack(list(seen.values())).any(0)
         parts = []
-        for name, encoder in self.encode.items():
-            absent = self.absent[name].expand(*any_seen.shape, -1)
-            if name not in streams:
-                parts.append(absent)
-                continue
-            parts.append(torch.where(seen[name][..., None], encoder(streams[name], seen[name]), absent))
+        for name, encoder, absent in zip(self.streams, self.encode, self.absent, strict=True):
+            part = absent.expand(*any_seen.shape, -1)
+            if name in streams:
+                part = torch.where(seen[name][..., None], encoder(streams[name], seen[name]), part)
+            parts.append(part)
         x = torch.stack(parts).sum(0) if self.fuse == "sum" else torch.cat(parts, dim=-1)
         for block in self.decode:
             x = block(x, any_seen)
         return {name: head(x) for name, head in self.tasks.items()}
+
+
+def _encode_of(preset: Preset, stream: str) -> Encode:
+    """What is done to a stream: `mae@<digits>` is encoded as `mae` is."""
+    names = (stream, stream.partition("@")[0], "*")
+    return next((preset.encode[n] for n in names if n in preset.encode), Encode())
 
 
 class _StreamEncoder(nn.Module):
@@ -237,8 +288,7 @@ class _StreamEncoder(nn.Module):
         self.standardise = spec.standardise
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
-        self.blocks = nn.ModuleList(_chain(spec.blocks, dim))
-        self.dim: int = self.blocks[-1].dim if len(self.blocks) else dim
+        self.blocks, self.dim = _chain(spec.blocks, dim)
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         if self.standardise:
@@ -248,16 +298,18 @@ class _StreamEncoder(nn.Module):
         return x
 
 
-def _chain(specs: list[BlockSpec], dim: int) -> list[nn.Module]:
-    blocks: list[nn.Module] = []
+def _chain(specs: list[BlockSpec], dim: int) -> tuple[nn.ModuleList, int]:
+    """The blocks behind each other, and the dims of what comes out."""
+    blocks = nn.ModuleList()
     for spec in specs:
         ((name, options),) = spec.items()
         try:
-            blocks.append(BLOCKS[name](dim, **options))
-        except (TypeError, ValueError) as e:
+            block: Any = BLOCKS[name](dim, **options)
+        except ValueError as e:  # a dropout of 2
             raise VacliError(f"block {name} with {options}: {e}") from e
-        dim = blocks[-1].dim
-    return blocks
+        blocks.append(block)
+        dim = block.dim
+    return blocks, dim
 
 
 def _head(task: Task, dim: int, targets: int) -> nn.Module:

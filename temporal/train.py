@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
 from torch import nn
 
 from .. import VacliError, __version__
@@ -22,8 +25,8 @@ from ..store import Store
 from ..store.labels import ccc
 from .evaluate import choose_smoothing, figures, load_clips
 from .model import Network, Preset
-from .predict import Run, faces_of, finish, open_run, raw_curves
-from .windows import Windows
+from .predict import Run, best_device, faces_of, finish, open_run, raw_curves
+from .windows import Clip, Windows
 
 _HELD_OUT_SHARE = 0.2
 
@@ -40,15 +43,23 @@ def train(
     """Train the preset; stops early on the mean CCC of the validation videos and keeps the best weights.
 
     A run of the same settings goes on where it was stopped, to the same result; a finished one is returned as it
-    is. tell: gets a line of progress per epoch. Raises VacliError if the store lacks a stream or labels.
+    is. tell: gets a line of progress per epoch. Raises VacliError if the store lacks a stream or labels, if the
+    preset cannot be built for these streams, or if training diverges.
     """
     about = _plan(store, preset, seed, tell)
+    torch.manual_seed(seed)
+    dims = {stream: facts["dim"] for stream, facts in about["streams"].items()}
+    net = Network(preset, dims)  # before the folder: a preset that cannot be built leaves nothing behind
     path = Path(runs) / (name or f"{preset.name}-{about['settings'][:8]}")
-    state = _open(path, about)
-    if state is None:
-        tell(f"{path} is finished already, with the same settings, videos and features: nothing to train")
-        return open_run(path)
-    _fit(store, preset, path, about, state, tell)
+    try:
+        state = _open(path, about)
+        if state is None:
+            tell(f"{path} is finished already, with the same settings, videos and features: nothing to train")
+        else:
+            _fit(store, preset, net, path, about, state, tell)
+    except OSError as e:  # a full disk, no permission, a file in the way
+        why = e.strerror or str(e)
+        raise VacliError(f"cannot use {path}: {why}; mend it and run again: what is done is kept") from e
     return open_run(path)
 
 
@@ -94,16 +105,19 @@ def _stream(store: Store, name: str, videos: dict[str, Any]) -> dict[str, Any]:
     """The one recipe of a stream, with its dimension and encoder. `mae@<digits>` names one of several."""
     plain, _, wanted = name.partition("@")
     tracks = [f["tracks"][plain] for f in videos.values() if plain in f["tracks"]]
+    known = sorted({t["folder"] for t in tracks} if tracks else _features(videos))
     tracks = [t for t in tracks if t["folder"].partition("@")[2].startswith(wanted)]
     if not tracks:
-        known = sorted({t for f in videos.values() for t in f["tracks"]} - {"label.va", "faces"})
         raise VacliError(
             f"no labelled video of {store.path} has a track {name}; there are {', '.join(known) or 'none'}: "
             f"extract it with `vacli extract --encoder {plain}`, or choose with --stream"
         )
     folder = _one_folder(plain, {t["folder"] for t in tracks})
     recipe = store.recipe_of(folder)
-    dim = next(store.get(recipe, t["media"]).values.shape[-1] for t in tracks)
+    try:
+        dim = store.get(recipe, tracks[0]["media"]).values.shape[-1]
+    except KeyError as e:  # it was found damaged, and set aside
+        raise VacliError(f"{store.path} lost {folder}; run `vacli extract` on its videos again") from e
     return {
         "track": plain,
         "folder": folder,
@@ -113,14 +127,21 @@ def _stream(store: Store, name: str, videos: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _features(videos: dict[str, Any]) -> set[str]:
+    """The names of all tracks that can be a stream."""
+    return {t for facts in videos.values() for t in facts["tracks"]} - {"label.va", "faces"}
+
+
 def _one_folder(name: str, folders: set[str]) -> str:
     if len(folders) > 1:
-        choices = " or ".join(f"--stream {name}@{f.partition('@')[2]}" for f in sorted(folders))
+        mend = "extract all videos alike"
+        if name != "label.va":  # a stream can be chosen
+            mend += ", or choose " + " or ".join(f"--stream {f}" for f in sorted(folders))
         raise VacliError(
-            f"the videos' {name} was made in {len(folders)} different ways, which never mix: "
-            f"extract all videos alike, or choose {choices}"
+            f"the videos' {name} was made in {len(folders)} different ways, which never mix: {mend}"
         )
-    return folders.pop()
+    (folder,) = folders
+    return folder
 
 
 def _media(facts: dict[str, Any], streams: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -136,11 +157,11 @@ def _media(facts: dict[str, Any], streams: dict[str, dict[str, Any]]) -> dict[st
 def _splits(of: dict[str, str | None], seed: int, tell: Callable[[str], None]) -> dict[str, list[str]]:
     """The data set's own split; where it has no validation videos, a seeded fifth of them is held out."""
     held_out = [v for v, split in of.items() if split == "validation"]
-    rest = [v for v in of if v not in held_out]
+    rest = [v for v, split in of.items() if split != "validation"]
     if not held_out:
         order = sorted(rest, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
         held_out = order[: max(1, round(_HELD_OUT_SHARE * len(order)))]
-        rest = [v for v in rest if v not in held_out]
+        rest = order[len(held_out) :]
         tell(f"no validation set: held out {len(held_out)} of {len(of)} videos by seed {seed}")
     if not rest:
         raise VacliError(
@@ -156,36 +177,59 @@ def _open(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """Begin the run folder, or find where it stopped: the last epoch's state, {} at the start, None if finished."""
     record = path / "run.json"
     if record.exists():
-        old = json.loads(record.read_text())
-        if old["settings"] != about["settings"]:
+        try:
+            old = json.loads(record.read_text())
+            same, finished = old["settings"] == about["settings"], "figures" in old
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise VacliError(f"cannot read {record}: {e}; remove {path} or give another --name") from e
+        if not same:
             raise VacliError(
                 f"{path} was trained with other settings, videos or features: give another --name"
             )
-        if "figures" in old:
+        if finished:
             return None
     path.mkdir(parents=True, exist_ok=True)
     _replace(record, json.dumps(about, indent=1).encode())
-    if (path / "last.pt").exists():
-        return torch.load(path / "last.pt", weights_only=True)
-    return {}
+    return _read_state(path / "last.pt") if (path / "last.pt").exists() else {}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise VacliError(f"{path} is damaged or cannot be read; remove it to train from the start") from e
+
+
+def _state_bytes(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _weights_bytes(net: nn.Module) -> bytes:
+    return as_safetensors({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
 
 
 def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
+    """Whole or as before, through kill -9 and power cut; what a killed run left aside is written over."""
+    aside = path.with_name(f".{path.name}.part")
+    with open(aside, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    aside = path / f".last.pt.{os.getpid()}"
-    torch.save(state, aside)
-    os.replace(aside, path / "last.pt")
-
-
-def _save_weights(path: Path, net: nn.Module) -> None:
-    aside = path / f".weights.{os.getpid()}"
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, aside)
-    os.replace(aside, path / "weights.safetensors")
+def _append(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+        f.flush()
+        os.fsync(f.fileno())
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------
@@ -194,22 +238,16 @@ def _save_weights(path: Path, net: nn.Module) -> None:
 def _fit(
     store: Store,
     preset: Preset,
+    net: Network,
     path: Path,
     about: dict[str, Any],
     state: dict[str, Any],
     tell: Callable[[str], None],
 ) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clips = {split: load_clips(store, about, split) for split in ("train", "validation")}
-    spec = preset.windows
-    windows = {split: Windows(c, spec.length, spec.stride, device) for split, c in clips.items()}
-    torch.manual_seed(about["seed"])
-    dims = {name: stream["dim"] for name, stream in about["streams"].items()}
-    net = Network(preset, dims).to(device)
-    net.standardise_by(windows["train"].moments())
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=preset.train.lr, weight_decay=preset.train.weight_decay
-    )
+    device = best_device()
+    windows, judges = _load(store, preset, about, device)
+    net.to(device).standardise_by(windows["train"].moments())
+    optimizer = _optimizer(net, preset)
     epoch, best = 0, {"mean": -math.inf, "epoch": -1}
     if state:
         net.load_state_dict(state["net"])
@@ -217,52 +255,73 @@ def _fit(
         epoch, best = state["epoch"], state["best"]
         tell(f"going on with {path} after epoch {epoch}")
     parameters = sum(p.numel() for p in net.parameters())
-    frames = {split: sum(len(c.times_s) for c in cs) for split, cs in clips.items()}
+    rows = {split: sum(map(len, w.times_s.values())) for split, w in windows.items()}
     tell(
-        f"training {preset.name} ({parameters:,} parameters) on {len(clips['train'])} videos, "
-        f"{frames['train']} rows; judged by {len(clips['validation'])} videos, {frames['validation']} rows; on {device}"
+        f"training {preset.name} ({parameters:,} parameters) on {len(about['train'])} videos, {rows['train']} rows; "
+        f"judged by {len(judges)} videos, {rows['validation']} rows; on {device}"
     )
-    lines = (path / "metrics.jsonl").read_text().splitlines()[:epoch] if epoch else []
-    _replace(path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()[:epoch] if epoch else []
+    _replace(metrics, "".join(f"{line}\n" for line in lines).encode())
     while epoch < preset.train.epochs and epoch - 1 - best["epoch"] < preset.train.patience:
         began = time.perf_counter()
         loss = _epoch(net, optimizer, windows["train"], preset, about["seed"], epoch)
-        net.eval()
-        raw = raw_curves(net, windows["validation"])
-        found = figures(
-            {c.id: finish(raw[c.id], faces_of(c), (0, 0)) for c in clips["validation"]}, clips["validation"]
-        )
+        found = _judge(net.eval(), windows["validation"], judges)
         if found["mean"] > best["mean"]:
             best = {"mean": found["mean"], "epoch": epoch}
-            _save_weights(path, net)
+            _replace(path / "weights.safetensors", _weights_bytes(net))
         epoch += 1
-        _save_state(
-            path, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best}
-        )
         seconds = time.perf_counter() - began
-        with open(path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({"epoch": epoch, "loss": loss, "ccc": found, "seconds": seconds}) + "\n")
+        _append(metrics, json.dumps({"epoch": epoch, "loss": loss, "ccc": found, "seconds": seconds}))
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best}
+        # last: killed before this, the whole epoch is done again, to the same weights and the same line
+        _replace(path / "last.pt", _state_bytes(state))
         tell(
             f"epoch {epoch}/{preset.train.epochs}  loss {loss:.3f}  CCC V {found['valence']:.3f} "
             f"A {found['arousal']:.3f} mean {found['mean']:.3f}  best {best['mean']:.3f}  "
-            f"{frames['train'] / seconds:,.0f} rows/s  at most {(preset.train.epochs - epoch) * seconds:.0f} s left"
+            f"{rows['train'] / seconds:,.0f} rows/s  at most {(preset.train.epochs - epoch) * seconds:.0f} s left"
         )
-    _finish(path, about, net, windows["validation"], device)
+    _finish(path, about, net, windows["validation"], judges)
+
+
+def _load(
+    store: Store, preset: Preset, about: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Windows], list[Clip]]:
+    """The windows of both splits, and the validation clips to judge by; the training clips are let go."""
+    spec = preset.windows
+    windows = {"train": Windows(load_clips(store, about, "train"), spec.length, spec.stride, device)}
+    judges = load_clips(store, about, "validation")
+    windows["validation"] = Windows(judges, spec.length, spec.stride, device)
+    for split, split_windows in windows.items():
+        if not split_windows.labelled.any():
+            raise VacliError(
+                f"the {split} videos have no valid label: wanted at least one frame that is not -5"
+            )
+    return windows, judges
+
+
+def _judge(net: Network, windows: Windows, clips: list[Clip]) -> dict[str, float]:
+    """CCC of the curves before any smoothing."""
+    raw = raw_curves(net, windows)
+    return figures({c.id: finish(raw[c.id], faces_of(c), (0, 0)) for c in clips}, clips)
 
 
 def _optimizer(net: Network, preset: Preset) -> torch.optim.Optimizer:
     """AdamW; Mamba's A and D do not decay, as in mamba-ssm: towards zero A would mean remembering everything."""
     kept = [p for name, p in net.named_parameters() if name.endswith((".A_log", ".D"))]
     rest = [p for name, p in net.named_parameters() if not name.endswith((".A_log", ".D"))]
-    decays = [{"params": rest, "weight_decay": preset.train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    decays = [
+        {"params": rest, "weight_decay": preset.train.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(decays, lr=preset.train.lr)
 
 
 def _epoch(
     net: Network, optimizer: torch.optim.Optimizer, windows: Windows, preset: Preset, seed: int, epoch: int
 ) -> float:
-    """One pass over all windows in a seeded order; returns the mean loss. Depends on (seed, epoch) alone, so a
-    resumed run repeats it exactly."""
+    """One pass over all windows in a seeded order; returns the mean loss, finite or VacliError. Its randomness
+    depends on (seed, epoch) alone, so a resumed run repeats it exactly."""
     spec = preset.train
     torch.manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(windows)).to(windows.starts.device)
@@ -278,7 +337,12 @@ def _epoch(
         nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
         optimizer.step()
         total += loss.detach()
-    return float(total) / len(batches)
+    mean = float(total) / len(batches)
+    if not math.isfinite(mean):
+        raise VacliError(
+            f"training diverged in epoch {epoch + 1}: the loss is {mean}; lower train.lr, now {spec.lr:g}"
+        )
+    return mean
 
 
 def va_loss(predicted: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
@@ -294,21 +358,20 @@ def va_loss(predicted: torch.Tensor, labels: torch.Tensor, labelled: torch.Tenso
 def _warmup_cosine(epoch: float, warmup_epochs: float, epochs: int) -> float:
     """Share of the learning rate at a fractional epoch: linear up, then half a cosine down to 0."""
     if epoch < warmup_epochs:
-        return (epoch + 1e-3) / warmup_epochs
+        return min(1.0, (epoch + 1e-3) / warmup_epochs)
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1e-9, epochs - warmup_epochs)))
 
 
-def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, device: torch.device) -> None:
+def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, clips: list[Clip]) -> None:
     """Choose the smoothing with the best weights, write the figures: from now on the run is finished."""
-    net.load_state_dict(load_file(path / "weights.safetensors", device=str(device)))
-    net.eval()
-    raw = raw_curves(net, windows)
-    smooth_s = choose_smoothing(raw, windows.clips)
-    curves = {c.id: finish(raw[c.id], faces_of(c), smooth_s) for c in windows.clips}
+    net.load_state_dict(load_file(path / "weights.safetensors"))
+    raw = raw_curves(net.eval(), windows)
+    smooth_s = choose_smoothing(raw, clips)
+    curves = {c.id: finish(raw[c.id], faces_of(c), smooth_s) for c in clips}
     finished = {
         **about,
         "smooth_s": smooth_s,
-        "figures": figures(curves, windows.clips),
+        "figures": figures(curves, clips),
         "finished_at": datetime.now(UTC).isoformat(),
     }
     _replace(path / "run.json", json.dumps(finished, indent=1).encode())

@@ -13,6 +13,8 @@ from ..store import Track
 
 # Shape legend: N all rows, W windows, B windows of a batch, L rows of a window, D dims of a stream, K targets.
 
+_PIECE_ROWS = 2**12  # summed at once in float32; the sums of the pieces are added in float64
+
 
 @dataclass
 class Clip:
@@ -65,7 +67,7 @@ class Windows:
             raise ValueError(
                 f"wanted clips, length and stride at least 1, got {len(clips)}, {length}, {stride}"
             )
-        self.clips = list(clips)
+        self.times_s = {c.id: c.times_s for c in clips}  # not the clips: the caller may let their rows go
         rows = [len(c.times_s) for c in clips]
         self.length = min(length, max([1, *rows]))
         room = [max(n, self.length) for n in rows]
@@ -76,24 +78,31 @@ class Windows:
         self.seen: dict[str, torch.Tensor] = {}
         for name in clips[0].streams:
             packed = self._pack([c.streams[name] for c in clips], np.float16)
-            seen = ~np.isnan(packed[:, 0])
-            self.seen[name] = torch.from_numpy(seen).to(device)
-            self.streams[name] = torch.from_numpy(np.where(seen[:, None], packed, np.float16(0))).to(device)
+            self.streams[name], self.seen[name] = packed
         if all(c.labels is not None for c in clips):
-            packed = self._pack([c.labels for c in clips if c.labels is not None], np.float32)
-            labelled = ~np.isnan(packed).any(axis=1)
-            self.labelled = torch.from_numpy(labelled).to(device)
-            self.labels = torch.from_numpy(np.where(labelled[:, None], packed, np.float32(0))).to(device)
+            labels = [c.labels for c in clips if c.labels is not None]
+            self.labels, self.labelled = self._pack(labels, np.float32)
 
     def _starts(self, rows: int, stride: int) -> np.ndarray:
         last = max(0, rows - self.length)
         return np.unique(np.append(np.arange(0, last + 1, stride), last))
 
-    def _pack(self, arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-        packed = np.full((self.offsets[-1], arrays[0].shape[1]), np.nan, dtype)
-        for array, offset in zip(arrays, self.offsets, strict=False):
-            packed[offset : offset + len(array)] = array
-        return packed
+    def _pack(self, arrays: Sequence[np.ndarray], dtype: type) -> tuple[torch.Tensor, torch.Tensor]:
+        """All clips' rows in one tensor (N, D) on the device, zeros where NaN, and which rows are not (N,).
+
+        Clip by clip: beside the clips and the tensor there is never another copy of the whole.
+        """
+        device, rows = self.starts.device, int(self.offsets[-1])
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        packed = torch.zeros(rows, arrays[0].shape[1], dtype=torch_dtype, device=device)
+        known = torch.zeros(rows, dtype=torch.bool, device=device)
+        for array, offset in zip(arrays, self.offsets[:-1], strict=True):
+            here = slice(int(offset), int(offset) + len(array))
+            valid = ~np.isnan(array[:, 0])
+            known[here] = torch.from_numpy(valid).to(device)
+            clean: np.ndarray = np.where(valid[:, None], array, 0).astype(dtype, copy=False)
+            packed[here] = torch.from_numpy(clean).to(device)
+        return packed, known
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -117,14 +126,7 @@ class Windows:
 
     def moments(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Mean and standard deviation (D,) of each stream over the rows seen; for standardising."""
-        found = {}
-        for name, rows in self.streams.items():
-            seen = rows[self.seen[name]].double()
-            if len(seen) == 0:
-                found[name] = (torch.zeros(rows.shape[1]), torch.ones(rows.shape[1]))
-            else:
-                found[name] = (seen.mean(0).float(), seen.std(0, correction=0).clamp_min(1e-4).float())
-        return found
+        return {name: _moments(rows, self.seen[name]) for name, rows in self.streams.items()}
 
     def fold(self, outputs: torch.Tensor) -> dict[str, Track]:
         """Windows' outputs (W, L, K) back to one float32 Track per clip: the mean of all windows over a row."""
@@ -135,6 +137,20 @@ class Windows:
             count[start : start + self.length] += 1
         mean = (total / count.clamp_min(1)).float().numpy()
         return {
-            clip.id: Track(mean[offset : offset + len(clip.times_s)], clip.times_s)
-            for clip, offset in zip(self.clips, self.offsets, strict=False)
+            id: Track(mean[offset : offset + len(times_s)], times_s)
+            for (id, times_s), offset in zip(self.times_s.items(), self.offsets[:-1], strict=True)
         }
+
+
+def _moments(rows: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (D,) of the rows seen, summed by pieces; (0, 1) without any row.
+
+    A dim that never moves keeps deviation 1: divided by next to nothing, one step of float16 would drown all else.
+    """
+    pieces = list(zip(rows.split(_PIECE_ROWS), seen.split(_PIECE_ROWS), strict=True))
+    count = seen.sum().clamp_min(1)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    mean = sum((x.float().sum(0).double() for x, _ in pieces), total) / count  # rows not seen are zeros
+    squares = (((x.float() - mean.float()) * valid[:, None]).square().sum(0).double() for x, valid in pieces)
+    deviation = (sum(squares, total) / count).sqrt()
+    return mean.float(), torch.where(deviation < 1e-4, 1.0, deviation).float()

@@ -1,0 +1,256 @@
+"""Curves: a row for every row, filled where nobody is seen, smoothed by time, whole on the disk or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vacli import VacliError
+from vacli.store import Store, Track
+from vacli.store.interchange import CURVE_HEADER, write_curve_csv
+from vacli.temporal.model import load_preset
+from vacli.temporal.predict import Run, faces_of, finish, open_run, predict, raw_curves
+from vacli.temporal.train import train
+from vacli.temporal.windows import Clip, Windows
+
+from .toy_store import make_store, tiny, tracks_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("predict")
+    store: Store = make_store(folder / "features.zarr", train=3, validation=1)
+    return train(store, tiny("mamba", epochs=2), runs=folder / "runs", tell=print)
+
+
+def clip(number: int, rows: int, run: Run) -> Clip:
+    tracks = tracks_of(number, max(rows, 1))
+    times_s = tracks["mae"].times_s[:rows]
+    return Clip.on_clock(f"clip{number}", times_s, tracks, run.dims)
+
+
+def curve(values: np.ndarray, times_s: np.ndarray | None = None) -> Track:
+    """The same values for valence and arousal, at 10 rows a second unless told."""
+    times_s = np.arange(len(values)) / 10 if times_s is None else times_s
+    return Track(np.stack([values, values], axis=1).astype(np.float32), times_s)
+
+
+# ---- from windows to curves ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 49, 50, 51, 90, 91, 237])
+def test_there_is_a_row_for_every_row_of_the_clip(run, rows):
+    made = predict(run, [clip(5, rows, run)])["clip5"]
+    assert made.values.shape == (rows, 2)
+    np.testing.assert_array_equal(made.times_s, clip(5, rows, run).times_s)
+    assert np.abs(made.values).max(initial=0) <= 1
+
+
+def test_no_clips_give_no_curves(run):
+    assert predict(run, []) == {}
+
+
+def test_a_curve_does_not_depend_on_the_clips_beside_it(run):
+    clips = [clip(number, rows, run) for number, rows in ((1, 30), (2, 1), (3, 0), (4, 173))]
+    together = predict(run, clips)
+    assert list(together) == [c.id for c in clips]
+    for alone in clips:
+        np.testing.assert_allclose(
+            predict(run, [alone])[alone.id].values, together[alone.id].values, atol=1e-6
+        )
+
+
+def test_raw_curves_do_not_depend_on_the_size_of_a_batch(run):
+    windows = Windows([clip(number, 130, run) for number in range(4)], 50, 20)
+    net = run.network()
+    wanted = raw_curves(net, windows, batch=1)
+    for batch in (2, 7, 1000):
+        for video_id, made in raw_curves(net, windows, batch).items():
+            np.testing.assert_allclose(made.values, wanted[video_id].values, atol=1e-6)
+
+
+def test_without_smoothing_the_raw_curve_is_filled_and_clipped_only(run):
+    one = clip(6, 120, run)
+    spec = run.preset.windows
+    raw = raw_curves(run.network(), Windows([one], spec.length, spec.stride))[one.id]
+    face = faces_of(one)
+    made = predict(run, [one], smooth=False)[one.id]
+    assert 0 < face.sum() < 120
+    np.testing.assert_allclose(made.values[face], np.clip(raw.values[face], -1, 1), atol=1e-6)
+
+
+def test_a_network_that_gives_no_numbers_is_one_line(run):
+    net = run.network()
+    with torch.no_grad():
+        next(net.tasks.parameters()).fill_(float("nan"))
+    with pytest.raises(VacliError, match=r"not finite.*train\.lr"):
+        raw_curves(net, Windows([clip(1, 20, run)], 50, 20))
+
+
+# ---- finishing -----------------------------------------------------------------------------------------------
+
+
+def test_rows_without_a_face_lie_between_their_neighbours_in_time():
+    times_s = np.array([0.0, 1.0, 2.0, 5.0, 6.0])
+    face = np.array([True, False, False, False, True])
+    made = finish(curve(np.array([0.0, 9, 9, 9, 0.6]), times_s), face, (0, 0))
+    np.testing.assert_allclose(made.values[:, 0], [0, 0.1, 0.2, 0.5, 0.6], atol=1e-6)
+
+
+def test_rows_before_the_first_and_after_the_last_face_hold_its_value():
+    face = np.array([False, False, True, True, False])
+    made = finish(curve(np.array([0.9, 0.9, 0.1, 0.3, 0.9])), face, (0, 0))
+    np.testing.assert_allclose(made.values[:, 1], [0.1, 0.1, 0.1, 0.3, 0.3], atol=1e-6)
+
+
+def test_a_video_without_any_face_keeps_the_networks_values():
+    values = np.array([0.1, -0.4, 0.2])
+    made = finish(curve(values), np.zeros(3, bool), (0, 0))
+    np.testing.assert_allclose(made.values[:, 0], values, atol=1e-7)
+
+
+def test_values_never_leave_minus_one_to_one():
+    made = finish(curve(np.array([-3.0, 0.5, 40.0])), np.ones(3, bool), (0, 0.2))
+    assert made.values[:, 0].tolist() == [-1, 0.5, 1]
+    assert np.abs(made.values).max() <= 1
+
+
+def smooth_by_a_plain_loop(values: np.ndarray, times_s: np.ndarray, face: np.ndarray, half_s: float) -> list:
+    """The mean of the rows with a face no further than half_s, for each row with a face."""
+    return [
+        np.mean([values[j] for j in np.flatnonzero(face) if abs(times_s[j] - times_s[i]) <= half_s + 1e-9])
+        for i in np.flatnonzero(face)
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 900), st.floats(-1, 1, width=32), st.booleans()), min_size=1, max_size=40
+    ),
+    st.sampled_from([0.0, 0.2, 0.8, 3.2]),
+)
+def test_smoothing_is_the_mean_within_reach_at_any_frame_rate(rows, half_s):
+    times_s = np.cumsum([step for step, _, _ in rows]) / 1000
+    values = np.array([value for _, value, _ in rows], np.float32)
+    face = np.array([seen for _, _, seen in rows])
+    face[0] |= not face.any()
+    made = finish(curve(values, times_s), face, (half_s, half_s))
+    wanted = smooth_by_a_plain_loop(values.astype(np.float64), times_s, face, half_s)
+    np.testing.assert_allclose(made.values[face, 0], wanted, atol=1e-6)
+
+
+def test_smoothing_reaches_over_a_hole_shorter_than_itself_and_not_over_a_longer_one():
+    face = np.ones(11, bool)
+    face[3:8] = False  # nobody for 0.6 s
+    values = np.array([0, 0, 0, 9, 9, 9, 9, 9, 0.8, 0.8, 0.8])
+    short = finish(curve(values), face, (0.4, 0.4))
+    np.testing.assert_allclose(short.values[[0, 1, 2, 8, 9, 10], 0], [0, 0, 0, 0.8, 0.8, 0.8], atol=1e-6)
+    far = finish(curve(values), face, (0.6, 0.6))
+    np.testing.assert_allclose(far.values[[2, 8], 0], [0.2, 0.6], atol=1e-6)
+
+
+def test_valence_and_arousal_are_smoothed_each_by_its_own():
+    values = np.array([0, 0, 0.9, 0, 0])
+    made = finish(curve(values), np.ones(5, bool), (0, 0.1))
+    np.testing.assert_allclose(made.values[:, 0], values, atol=1e-7)
+    np.testing.assert_allclose(made.values[:, 1], [0, 0.3, 0.3, 0.3, 0], atol=1e-6)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, head: str = "linear", finished_at: str | None = None) -> Path:
+    about: dict = {"preset": load_preset(head).model_dump()}
+    if finished_at:
+        about |= {"figures": {}, "finished_at": finished_at}
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_the_newest_finished_run_is_opened_or_the_newest_of_a_head(tmp_path):
+    write_run(tmp_path / "a", "linear", "2026-01-01T00:00:00+00:00")
+    write_run(tmp_path / "b", "linear", "2026-01-03T00:00:00.5+00:00")
+    write_run(tmp_path / "c", "mamba", "2026-01-02T00:00:00+00:00")
+    write_run(tmp_path / "d", "mamba")
+    assert open_run(None, tmp_path).path.name == "b"
+    assert open_run("mamba", tmp_path).path.name == "c"
+    assert open_run("a", tmp_path).path.name == "a"  # by its name
+    assert open_run(tmp_path / "a").path.name == "a"  # or its folder
+
+
+def test_a_run_that_is_unfinished_absent_or_broken_is_one_line(tmp_path):
+    with pytest.raises(VacliError, match=r"no finished run .*there: none.*vacli train"):
+        open_run(None, tmp_path)
+    write_run(tmp_path / "going", "mamba")
+    with pytest.raises(VacliError, match=r"no finished run .*there: going"):
+        open_run(None, tmp_path)
+    with pytest.raises(VacliError, match=r"going is not finished: go on"):
+        open_run("going", tmp_path)
+    with pytest.raises(VacliError, match=r"no run mamba .*there: going"):
+        open_run("mamba", tmp_path)
+    with pytest.raises(VacliError, match=r"no run other .*there: going"):
+        open_run("other", tmp_path)
+    for text in ("{", "[1, 2]", "7"):
+        (tmp_path / "going" / "run.json").write_text(text)
+        with pytest.raises(VacliError, match=r"cannot read .*run\.json"):
+            open_run("going", tmp_path)
+
+
+def test_weights_that_are_missing_cut_or_of_another_network_are_one_line(run, tmp_path):
+    weights = (run.path / "weights.safetensors").read_bytes()
+    broken = Run(tmp_path, run.about)
+    other = Run(tmp_path, {**run.about, "preset": load_preset("linear").model_dump()})
+    for content, reader in ((None, broken), (b"", broken), (weights[:-10], broken), (weights, other)):
+        if content is not None:
+            (tmp_path / "weights.safetensors").write_bytes(content)
+        with pytest.raises(VacliError, match=r"weights\.safetensors.*train") as e:
+            reader.network()
+        assert "\n" not in str(e.value)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_file_has_a_line_for_every_frame_counted_from_one(tmp_path):
+    path = tmp_path / "new" / "folder" / "clip.csv"
+    track = Track(np.array([[0.5, -1], [0.25, 1 / 3]], np.float32), np.array([0.02, 0.0600004]))
+    write_curve_csv(path, track, np.array([True, False]))
+    assert CURVE_HEADER == "frame,time_s,valence,arousal,face"
+    assert path.read_bytes() == (
+        b"frame,time_s,valence,arousal,face\n1,0.020000,0.500000,-1.000000,1\n2,0.060000,0.250000,0.333333,0\n"
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["clip.csv"]
+
+
+def test_a_curve_without_rows_is_a_header(tmp_path):
+    write_curve_csv(tmp_path / "c.csv", Track(np.empty((0, 2), np.float32), np.empty(0)), np.empty(0, bool))
+    assert (tmp_path / "c.csv").read_text() == CURVE_HEADER + "\n"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path, track = tmp_path / "clip.csv", curve(np.zeros(3))
+    write_curve_csv(path, track, np.ones(3, bool))
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match="shorter"):
+        write_curve_csv(path, track, np.ones(2, bool))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(VacliError, match=r"cannot write .*clip\.csv: No space left on device; .*--out"):
+        write_curve_csv(path, curve(np.ones(3)), np.ones(3, bool))
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.csv"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VacliError, match=r"cannot write .*clip\.csv"):
+        write_curve_csv(tmp_path / "file" / "clip.csv", curve(np.zeros(1)), np.ones(1, bool))
