@@ -309,6 +309,13 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
     """The encoders a run was trained on, made again; refuses one that gives other features than the run saw."""
     from .extract.run import make_encoders
 
+    strangers = (
+        options.keys() - run.about["streams"].keys() - {s["track"] for s in run.about["streams"].values()}
+    )
+    if strangers:
+        raise VacliError(
+            f"-o names {', '.join(sorted(strangers))}, but {run.path} reads {', '.join(run.dims)}"
+        )
     made: dict[str, Encoder] = {}
     for name, stream in run.about["streams"].items():
         if stream["encoder"] is None:
@@ -316,7 +323,7 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
                 f"run {run.path} needs stream {name}, which was imported: no encoder makes it from video"
             )
         given = {k: v for k, v in stream["encoder"]["options"].items() if v is not None}
-        given.update(options.get(name, {}))
+        given.update(options.get(name) or options.get(stream["track"], {}))
         made.update(make_encoders([f"{name}={stream['encoder']['kind']}"], {name: given}, store.fingerprints))
         now = {**made[name].recipe(), "made_from": stream["recipe"]["made_from"]}
         if now != stream["recipe"]:
@@ -333,18 +340,16 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
 def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path | None:
     """The CSV of one video, from its stored tracks; None where its features could not be made."""
     from .store.interchange import write_curve_csv
-    from .temporal.predict import faces_of, predict
+    from .temporal.predict import predict
     from .temporal.windows import Clip
 
     if not outcome.complete:
         return None
     tracks = {name: store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
-    clock = next((tracks[n].times_s for n in ("faces", *run.dims) if n in tracks), None)
-    if clock is None or len(clock) == 0:
-        clock = outcome.sample.frame_times_s()
-    clip = Clip.on_clock(outcome.sample.id, clock, tracks, run.dims)
+    times_s, face = outcome.frames_and_faces(tracks)
+    clip = Clip.on_clock(outcome.sample.id, times_s, tracks, run.dims)
     path = out / f"{outcome.sample.id}.csv"
-    write_curve_csv(path, predict(run, [clip], smooth)[clip.id], faces_of(clip))
+    write_curve_csv(path, predict(run, [clip], smooth)[clip.id], face)
     return path
 
 

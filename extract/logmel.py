@@ -67,7 +67,7 @@ class LogMel:
             while length >= seen:  # always the same rows at a time: a matrix product's last bits depend on them
                 samples = np.concatenate(held)
                 rows.append(log_mel(samples[:seen], self.rate_hz).astype(np.float16))
-                held, length = [samples[step:]], max(0, length - step)
+                held, length = [samples[step:]], length - step
         rows.append(log_mel(np.concatenate(held), self.rate_hz).astype(np.float16))
         values = np.concatenate(rows)
         return Track(values, np.arange(len(values)) * HOP_S + WINDOW_S / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,7 @@ class Mae:
     Hugging Face cache, then on the hub. dtype: float32 or bfloat16 for the computation; by default bfloat16 on a
     GPU, and on a CPU that has it for models wide enough to gain. device: by default a GPU where there is one.
 
-    Raises VacliError when the weights are absent or do not fit the model.
+    Raises EncoderError when the weights are absent or unreadable; the first call does when they do not fit the model.
     """
 
     name, eats = "mae", "crops"
@@ -57,30 +58,22 @@ class Mae:
         device: str | None = None,
         fingerprints: Fingerprints | None = None,
     ) -> None:
-        self.weights = Path(weights).absolute() if weights else None
-        described = _description(self.weights) if self.weights else {}
+        self.weights = Path(weights).absolute() if weights else _find_weights(model or DEFAULT_MODEL)
+        described = _description(self.weights)
         self.model_name = model or described.get("model", DEFAULT_MODEL)
-        if not timm.is_model(self.model_name):
-            raise VacliError(
-                f"timm knows no model {self.model_name!r}; `timm.list_models('vit_*')` lists them"
-            )
-        if self.weights is None:
-            self.weights = _find_weights(self.model_name)
+        config = pretrained_config(self.model_name)
         self.note = described.get("note")
-        config = timm.get_pretrained_cfg(self.model_name)
-        assert config is not None
-        self.licence_id = described.get("licence", config.license)
+        self.licence_id = described.get("licence", config.license)  # None: the weights are the user's own
         self.licence = LICENCES.get(str(self.licence_id))
         self.size = int(described.get("size", config.input_size[-1]))
         self.mean = tuple(described.get("mean", config.mean))
         self.std = tuple(described.get("std", config.std))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.dtype = _dtype(dtype, self.device, self.model_name)
         self._fingerprints = fingerprints or Fingerprints()
 
     @cached_property
     def weights_sha256(self) -> str:
-        assert self.weights is not None
         return self._fingerprints.file(self.weights)
 
     def options(self) -> dict[str, Any]:
@@ -106,7 +99,6 @@ class Mae:
     @cached_property
     def _vit(self) -> Any:
         """Built at the first crop: planning a run that has nothing to do loads no model."""
-        assert self.weights is not None
         vit = build_vit(self.model_name, self.size)
         load_encoder(vit, self.weights)
         return vit.eval().requires_grad_(False).to(self.device)
@@ -123,9 +115,23 @@ class Mae:
         return tokens[:, 0].float().cpu().numpy()
 
 
+def pretrained_config(model: str) -> Any:
+    """What timm says of a model's published weights: input size, mean, std, licence. Raises EncoderError if unknown."""
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    if config is None:
+        raise EncoderError(f"timm knows no model {model!r}; `timm.list_models('vit_*')` lists them")
+    return config
+
+
 def build_vit(model: str, size: int) -> Any:
-    """A timm ViT without its head. Raises VacliError if it has no CLS token."""
-    vit = timm.create_model(model, pretrained=False, num_classes=0, img_size=size)
+    """A timm ViT without its head. Raises EncoderError if it has no CLS token."""
+    try:
+        vit = timm.create_model(model, pretrained=False, num_classes=0, img_size=size)
+    except (TypeError, RuntimeError, AssertionError) as e:  # a model that takes no img_size, or not this one
+        raise EncoderError(
+            f"{model} cannot be built for {size} pixels: {' '.join(str(e).split())[:120]}; "
+            f"wanted a ViT such as {DEFAULT_MODEL}"
+        ) from e
     if getattr(vit, "cls_token", None) is None or getattr(vit, "global_pool", "") != "token":
         raise EncoderError(
             f"{model} has no CLS token read by its final norm; wanted a ViT such as {DEFAULT_MODEL}"
@@ -134,11 +140,16 @@ def build_vit(model: str, size: int) -> Any:
 
 
 def resize(crops: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, size, size) uint8; the one resize of all frame encoders (equals PIL's bicubic)."""
+    """(B, H, W, 3) uint8 -> (B, 3, size, size) uint8; the one resize of all frame encoders.
+
+    Within 1 level of PIL's bicubic.
+    """
     images = crops.permute(0, 3, 1, 2)
     if images.shape[-2:] == (size, size):
         return images
-    return nn.functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    pixels = images if images.device.type == "cpu" else images.float()  # torch resizes bytes on the CPU only
+    resized = nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    return resized if resized.dtype == torch.uint8 else resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
@@ -151,15 +162,15 @@ def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 
 def load_encoder(vit: nn.Module, weights: Path) -> None:
-    """Fill the ViT from a checkpoint, whole. Raises VacliError naming missing, unexpected and misshapen keys."""
+    """Fill the ViT from a checkpoint, whole. Raises EncoderError naming missing, unexpected and misshapen keys."""
     state = {k: v for k, v in _state(weights).items() if not k.startswith(_NOT_ENCODER)}
     wanted = vit.state_dict()
     misfits = [f"missing {k}" for k in wanted if k not in state]
     misfits += [f"unexpected {k}" for k in state if k not in wanted]
     misfits += [
-        f"{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}"
-        for k in wanted.keys() & state.keys()
-        if state[k].shape != wanted[k].shape
+        f"{k} is {tuple(state[k].shape)}, wanted {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
     ]
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
@@ -175,14 +186,21 @@ def _state(weights: Path) -> dict[str, torch.Tensor]:
         if weights.suffix == ".safetensors":
             return load_file(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
-        first_line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except pickle.UnpicklingError as e:  # torch's text advises to run what is in there
         raise EncoderError(
-            f"cannot read weights {weights}: {first_line[:120]}; wanted .safetensors, or a .pth of plain tensors"
+            f"refused weights {weights}: damaged, or holding more than tensors, which could run code; "
+            "wanted .safetensors, or a .pth of tensors alone"
+        ) from e
+    except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
+        raise EncoderError(
+            f"cannot read weights {weights} ({type(e).__name__}: {' '.join(str(e).split())[:120]}); "
+            "wanted a whole .safetensors or .pth file; copy it again"
         ) from e
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
         raise EncoderError(f"weights {weights} hold no state dict of tensors; wanted timm's or MAE's layout")
     return state
 
@@ -190,32 +208,33 @@ def _state(weights: Path) -> dict[str, torch.Tensor]:
 def _description(weights: Path) -> dict[str, Any]:
     """What `vacli finetune` wrote into the header of its weights: model, size, mean, std, note, licence."""
     if not weights.is_file():
-        raise VacliError(f"no weights at {weights}; wanted a .safetensors or .pth file")
+        raise EncoderError(f"no weights at {weights}; wanted a .safetensors or .pth file")
     if weights.suffix != ".safetensors":
         return {}
     try:
         with safetensors.safe_open(weights, "pt") as f:
             return json.loads((f.metadata() or {}).get("vacli", "{}"))
-    except (safetensors.SafetensorError, ValueError) as e:
-        raise VacliError(f"cannot read weights {weights}: {e}; wanted a whole .safetensors file") from e
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise EncoderError(
+            f"cannot read weights {weights}: {e}; wanted a whole .safetensors file; copy it again"
+        ) from e
 
 
 def _find_weights(model: str) -> Path:
     """Local folders, then the Hugging Face cache, then the hub; an error at once where none has it."""
+    hub_id = pretrained_config(model).hf_hub_id
     official = [f for stem, f in _OFFICIAL_FILES.items() if model.startswith(stem) and model.endswith(".mae")]
     names = [f"{model}.safetensors", f"{model}.pth", *official]
     folders = [Path("weights"), *([Path(os.environ[WEIGHTS_DIR])] if WEIGHTS_DIR in os.environ else [])]
     for path in (folder / name for folder in folders for name in names):
         if path.is_file():
             return path.absolute()
-    config = timm.get_pretrained_cfg(model)
-    hub_id = config.hf_hub_id if config is not None else None
     if hub_id:
         found = _from_hub(str(hub_id))
         if found:
             return found
     source = f"https://huggingface.co/{hub_id} (model.safetensors)" if hub_id else "its makers"
-    raise VacliError(
+    raise EncoderError(
         f"no weights for {model} and no network: get them from {source} and put them at {folders[0] / names[0]}, "
         "or give any file with -o mae.weights=FILE"
     )
@@ -237,10 +256,17 @@ def _from_hub(hub_id: str) -> Path | None:
         return None
 
 
+def _device(asked: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=asked or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # unknown, or not on this machine
+        raise EncoderError(f"mae.device is {asked!r}, which torch has not here; wanted cpu or cuda") from e
+
+
 def _dtype(asked: str | None, device: torch.device, model: str) -> str:
     if asked is not None:
         if asked not in ("float32", "bfloat16"):
-            raise VacliError(f"mae.dtype is {asked!r}; wanted float32 or bfloat16")
+            raise EncoderError(f"mae.dtype is {asked!r}; wanted float32 or bfloat16")
         return asked
     if device.type == "cuda":
         return "bfloat16"

@@ -69,6 +69,16 @@ class Outcome:
     problem: str | None = None
     warning: str | None = None
 
+    def frames_and_faces(self, tracks: dict[str, Track]) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) seconds of every frame and (T,) bool, where a face was seen, of the stored tracks of this sample."""
+        pictures = [
+            n for n, w in self.tracks.items() if n == "faces" or getattr(w.maker, "eats", "") == "crops"
+        ]
+        if pictures:
+            return tracks[pictures[0]].times_s, tracks[pictures[0]].valid
+        times_s = self.sample.frame_times_s()
+        return times_s, np.isin(np.arange(len(times_s)), list(self.sample.crop_files()))
+
 
 def make_encoders(
     names: Iterable[str], options: dict[str, dict[str, str]], fingerprints: Fingerprints
@@ -86,13 +96,17 @@ def make_encoders(
         unknown = given.keys() - set(takes)
         if unknown:
             known = ", ".join(k for k in takes if k != "fingerprints") or "none"
-            raise VacliError(f"encoder {name} has no option {', '.join(sorted(unknown))}; its options: {known}")
+            raise VacliError(
+                f"encoder {name} has no option {', '.join(sorted(unknown))}; its options: {known}"
+            )
         if "fingerprints" in takes:
             given["fingerprints"] = fingerprints
         encoders[name if kind or name in ENCODERS else maker.name] = maker(**given)
     strangers = options.keys() - encoders.keys()
     if strangers:
-        raise VacliError(f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}")
+        raise VacliError(
+            f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}"
+        )
     return encoders
 
 
