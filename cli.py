@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +216,7 @@ def predict(
     from .temporal.predict import open_run
 
     trained = open_run(run_path, runs)
-    samples = find(video)
+    samples = [replace(sample, annotation=None) for sample in find(video)]  # a curve needs no label
     opened = Store(store, create=True)
     encoders = _encoders_of(trained, opened, _by_name(options))
     _say_notes(encoders)

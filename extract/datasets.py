@@ -42,6 +42,13 @@ class Sample:
     annotation: Path | None = None
     split: str | None = None
 
+    @property
+    def source(self) -> Path:
+        """What a message about the sample names: its video, or its crops."""
+        source = self.video or self.crops
+        assert source is not None
+        return source
+
     def crop_files(self) -> dict[int, Path]:
         """Frame index (from 0) -> the file of its aligned face; numbers may be missing."""
         assert self.crops is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from .. import VacliError, __version__
 from ..store import Store
 from ..store.labels import ccc
 from .datasets import Sample
-from .mae import DEFAULT_MODEL, Mae, build_vit, load_encoder, normalise, resize
+from .mae import DEFAULT_MODEL, Mae, build_vit, load_encoder, normalise, pretrained_config, resize
 from .run import extract, labelled_crops
 
 _BATCH = 64
@@ -47,15 +48,19 @@ def finetune(
     weights: where to start (looked for as in Mae); from_scratch starts from random ones instead. freeze: how many
     lower blocks stay as they are with the patch embedding (two thirds of them by default, as in Mamba-VA: 16 of
     24; none from scratch). size: input pixels (from scratch only). Loss: 1 - CCC over the batch, both dimensions.
-    Returns the CCC of valence and arousal on the validation frames. Raises VacliError without labelled frames.
+    Returns the CCC of valence and arousal on the validation frames. Raises VacliError without labelled frames, and for
+    an `out` that is no .safetensors file or cannot be written.
     """
+    if epochs < 1 or frames_per_video < 1:
+        raise VacliError(f"{epochs} epochs of {frames_per_video} frames per video; wanted at least 1 of each")
+    _claim(out)
     torch.manual_seed(seed)
     vit, about = _start(model, weights, from_scratch, size)
     blocks = len(vit.blocks)
     freeze = (0 if from_scratch else blocks * 2 // 3) if freeze is None else freeze
     if not 0 <= freeze <= blocks:
         raise VacliError(f"--freeze {freeze}: {about['model']} has {blocks} blocks; wanted 0 to {blocks}")
-    _freeze(vit, freeze, everything_below=freeze > 0)
+    _freeze(vit, freeze)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = nn.ModuleDict({"vit": vit, "head": nn.Linear(vit.num_features, 2)}).to(device)
     train = _gather(samples, store, "train", frames_per_video)
@@ -63,7 +68,7 @@ def finetune(
     _fit(net, train, about, epochs, lr or (2e-3 if from_scratch else 1e-4), seed)
     figures = _judge(net, held_out, about)
     about |= {
-        "note": note,
+        "note": note or about.get("note"),  # a warning about where it started holds for what it became
         "frozen_blocks": freeze,
         "tuned_by": f"vacli {__version__}",
         "seed": seed,
@@ -79,7 +84,6 @@ def _start(
     if not from_scratch:
         mae = Mae(model, weights)
         vit = build_vit(mae.model_name, mae.size)
-        assert mae.weights is not None
         load_encoder(vit, mae.weights)
         return vit, {
             "model": mae.model_name,
@@ -87,12 +91,10 @@ def _start(
             "mean": mae.mean,
             "std": mae.std,
             "licence": mae.licence_id,
+            "note": mae.note,
         }
     name = model or DEFAULT_MODEL
-    if not timm.is_model(name):
-        raise VacliError(f"timm knows no model {name!r}; `timm.list_models('vit_*')` lists them")
-    config = timm.get_pretrained_cfg(name)
-    assert config is not None
+    config = pretrained_config(name)
     size = size or config.input_size[-1]
     about = {"model": name, "size": size, "mean": config.mean, "std": config.std, "licence": None}
     vit = build_vit(name, size)
@@ -122,14 +124,12 @@ def _initialise(vit: Any) -> None:
         vit.pos_embed[0, -rows * columns :, : 4 * quarter] = torch.cat(waves, dim=1)
 
 
-def _freeze(vit: Any, blocks: int, everything_below: bool) -> None:
-    """Frozen parameters take no gradient, so no optimiser memory either."""
-    if everything_below:
-        for name, parameter in vit.named_parameters():
-            if name.startswith(("cls_token", "pos_embed", "patch_embed")):
-                parameter.requires_grad_(False)
-    for block in vit.blocks[:blocks]:
-        block.requires_grad_(False)
+def _freeze(vit: Any, blocks: int) -> None:
+    """Freeze the lower blocks and all that comes before them: no gradient, so no optimiser memory either."""
+    if blocks:
+        vit.requires_grad_(False)
+        vit.blocks[blocks:].requires_grad_(True)
+        vit.norm.requires_grad_(True)
 
 
 Frames = tuple[torch.Tensor, torch.Tensor]  # crops (N, H, W, 3) uint8, labels (N, 2) float32
@@ -142,11 +142,15 @@ def _gather(samples: list[Sample], store: Store, split: str, frames_per_video: i
     problems = [o.problem for o in outcomes if o.problem]
     for problem in problems:
         tqdm.write(f"left out: {problem}")
-    gathered = [labelled_crops(o.sample, store, frames_per_video) for o in outcomes if not o.problem]
+    gathered = [labelled_crops(o, store, frames_per_video) for o in outcomes if not o.problem]
     found = [frames for frames in gathered if frames is not None]
     if not found:
-        why = problems[0] if problems else f"none of the {len(samples)} videos is labelled and in the {split} set"
-        raise VacliError(f"no labelled frames to {'tune on' if split == 'train' else 'judge by'}: {why}")
+        use = "tune on" if split == "train" else "judge by"
+        why = f"{len(wanted)} of the {len(samples)} videos are labelled and in the {split} set"
+        mend = f"wanted {split}/clip.mp4 with clip.txt, or the Aff-Wild2 layout"
+        raise VacliError(f"no labelled face to {use}: {why}; {problems[0] if problems else mend}")
+    if len({crops.shape[1:] for crops, _ in found}) > 1:
+        raise VacliError(f"the {split} set has aligned crops of several sizes; wanted one size, 112x112")
     crops = np.concatenate([c for c, _ in found])
     labels = np.concatenate([y for _, y in found]).astype(np.float32)
     return torch.from_numpy(crops), torch.from_numpy(labels)
@@ -160,7 +164,9 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.05)
     steps_per_epoch = math.ceil(len(crops) / _BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps_per_epoch, pct_start=0.1)
+    steps = epochs * steps_per_epoch
+    warm_up = 0.1 if steps > 10 else 0.05  # a warm-up of exactly one step makes OneCycleLR divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=warm_up)
     net.train()
     with tqdm(
         total=epochs * len(crops), desc="finetune", unit="frame", dynamic_ncols=True, mininterval=1
@@ -206,10 +212,25 @@ def _judge(net: nn.ModuleDict, frames: Frames, about: dict[str, Any]) -> dict[st
     return {"ccc_valence": v, "ccc_arousal": a}
 
 
+def _claim(out: Path) -> None:
+    """Refuses a place that could not be written, before hours of tuning and not after them."""
+    if out.suffix != ".safetensors":
+        raise VacliError(f"--out {out}: weights are written as .safetensors; wanted a name that ends so")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise VacliError(f"cannot write {out}: {e.strerror}; wanted a folder; use another --out") from e
+
+
 def _save(vit: nn.Module, about: dict[str, Any], out: Path) -> None:
-    """The encoder alone, with what is needed to use it in the header; whole or not there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """The encoder alone, with what is needed to use it in the header; whole or as it was before."""
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-    save_file(state, aside, metadata={"vacli": json.dumps(about)})
-    os.replace(aside, out)
+    try:
+        save_file(state, aside, metadata={"vacli": json.dumps(about)})
+        os.replace(aside, out)
+    except (OSError, SafetensorError) as e:
+        raise VacliError(f"cannot write {out}: {e}; free some space, or use another --out") from e
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()

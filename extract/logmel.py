@@ -64,7 +64,7 @@ class LogMel:
         for block in blocks:
             held.append(block)
             length += len(block)
-            while length >= seen:  # always the same rows at a time: a matrix product's last bits depend on them
+            while length >= seen:  # always as many rows: the last bits of a matrix product depend on it
                 samples = np.concatenate(held)
                 rows.append(log_mel(samples[:seen], self.rate_hz).astype(np.float16))
                 held, length = [samples[step:]], length - step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -117,10 +118,12 @@ class Mae:
 
 def pretrained_config(model: str) -> Any:
     """What timm says of a model's published weights: input size, mean, std, licence. Raises EncoderError if unknown."""
-    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    if config is None:
-        raise EncoderError(f"timm knows no model {model!r}; `timm.list_models('vit_*')` lists them")
-    return config
+    with contextlib.suppress(RuntimeError):  # a known model with an unknown tag
+        if config := timm.get_pretrained_cfg(model):
+            return config
+    raise EncoderError(
+        f"timm knows no model {model!r}; `timm.list_models('vit_*', pretrained=True)` lists them"
+    )
 
 
 def build_vit(model: str, size: int) -> Any:

@@ -29,6 +29,7 @@ GIVEN_CROPS = {
     "source": "aligned crops of the data set; file %05d is frame number, from 1",
     "rate_hz_without_video": CROPS_RATE_HZ,
 }
+OWN_TRACKS = ("faces", "label.va")  # the names of tracks that no encoder makes
 _BATCH = 64
 
 
@@ -36,8 +37,9 @@ class Encoder(Protocol):
     """What the run asks of an encoder.
 
     eats "crops": called with aligned faces (B, 112, 112, 3) uint8 RGB, returns (B, D) floats, and says `dim`.
+    (Where a data set brings its own crops they come in their own size.)
     eats "sound": says `rate_hz`, is called with an iterator of mono sample blocks, returns a Track.
-    options() are the arguments that make the same encoder again; `name` is its key in the table or its own path.
+    options() are the arguments that make the same encoder again; `name` is what its tracks are called by default.
     """
 
     name: str
@@ -89,25 +91,31 @@ def make_encoders(
     """
     encoders: dict[str, Encoder] = {}
     for spec in names:
-        name, _, kind = spec.partition("=")
-        maker = lookup(ENCODERS, kind or name, "encoder")
-        given: dict[str, Any] = dict(options.get(name, {}))
-        takes = list(inspect.signature(maker).parameters)
-        unknown = given.keys() - set(takes)
-        if unknown:
-            known = ", ".join(k for k in takes if k != "fingerprints") or "none"
-            raise VacliError(
-                f"encoder {name} has no option {', '.join(sorted(unknown))}; its options: {known}"
-            )
-        if "fingerprints" in takes:
-            given["fingerprints"] = fingerprints
-        encoders[name if kind or name in ENCODERS else maker.name] = maker(**given)
+        own, sign, kind = spec.rpartition("=")
+        maker = lookup(ENCODERS, kind, "encoder")
+        if not all(hasattr(maker, part) for part in ("name", "eats", "options", "recipe")):
+            raise VacliError(f"{kind} is no encoder: wanted a class with name, eats, options() and recipe()")
+        name = own if sign else kind if kind in ENCODERS else maker.name
+        if name in ("", *OWN_TRACKS, *encoders):
+            raise VacliError(f"--encoder {spec}: the name {name!r} is taken; wanted another one: NAME={kind}")
+        encoders[name] = _made(maker, name, options.get(name, {}), fingerprints)
     strangers = options.keys() - encoders.keys()
     if strangers:
         raise VacliError(
             f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}"
         )
     return encoders
+
+
+def _made(maker: Any, name: str, given: dict[str, str], fingerprints: Fingerprints) -> Encoder:
+    takes = inspect.signature(maker).parameters
+    known = [k for k in takes if k != "fingerprints"]
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise VacliError(
+            f"encoder {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
+        )
+    return maker(**given, **({"fingerprints": fingerprints} if "fingerprints" in takes else {}))
 
 
 def extract(
@@ -151,17 +159,24 @@ def _one(sample: Sample, encoders: dict[str, Encoder], faces: Faces, store: Stor
     except VacliError as e:
         if e.fatal:
             raise
-        outcome.problem = str(e)
+        outcome.problem = _one_line(e)
     except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
-        outcome.problem = f"{sample.video or sample.crops}: {type(e).__name__}: {e}"
+        outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
     return outcome
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())
 
 
 def _address(wanted: Wanted) -> dict[str, Any]:
     """Where the track lies, and how to make its encoder again for other videos."""
     address: dict[str, Any] = {"folder": folder_name(wanted.recipe), "media": wanted.media}
     if hasattr(wanted.maker, "eats"):
-        address["encoder"] = {"kind": wanted.maker.name, "options": wanted.maker.options()}
+        made_by = type(wanted.maker)
+        path = f"{made_by.__module__}:{made_by.__qualname__}"
+        kind = next((name for name, known in ENCODERS.items() if known == path), path)
+        address["encoder"] = {"kind": kind, "options": wanted.maker.options()}
     return address
 
 
@@ -188,7 +203,9 @@ def plan(
     return tracks
 
 
-Made = tuple[str, Track, dict[str, str]]  # name, track, notes: {"problem" | "warning": text}
+# {"problem" | "damage" | "warning": text}; stored with the track, so without the file's name, which may change.
+Notes = dict[str, str]
+Made = tuple[str, Track, Notes]  # name, track, notes
 
 
 def _make(
@@ -196,6 +213,7 @@ def _make(
 ) -> Iterator[Made]:
     """Compute the missing tracks. Faces are one pass over the video, all frame encoders together another one."""
     frame_times_s: np.ndarray | None = None
+    notes: Notes = {}
     eaters = {n: w.maker for n, w in missing.items() if getattr(w.maker, "eats", "") == "crops"}
     if sample.crops is None and missing:
         assert sample.video is not None
@@ -204,39 +222,42 @@ def _make(
         faces = store.get(tracks["faces"].recipe, tracks["faces"].media)
         frame_times_s = faces.times_s
         if eaters:
-            yield from _encode(_aligned(sample, faces), eaters, frame_times_s)
+            yield from _encode(_aligned(sample, faces), eaters, frame_times_s, notes)
     elif eaters or "label.va" in missing:
-        frame_times_s = sample.frame_times_s()
+        frame_times_s, damage = sample.frame_clock()
+        notes = _damaged(damage)
         if eaters:
-            yield from _encode(sample.read_crops(len(frame_times_s)), eaters, frame_times_s)
+            yield from _encode(sample.read_crops(len(frame_times_s)), eaters, frame_times_s, notes)
     for name, wanted in missing.items():
         if getattr(wanted.maker, "eats", "") == "sound":
             assert sample.video is not None
-            track = wanted.maker(Video(sample.video).sound(wanted.maker.rate_hz))
-            yield name, track, {} if len(track) else {"problem": _silent(sample, name)}
+            video = Video(sample.video)
+            track = wanted.maker(video.sound(wanted.maker.rate_hz))
+            yield name, track, _damaged(video.damage) | ({} if len(track) else SILENT)
     if "label.va" in missing:
         assert sample.annotation is not None
         assert frame_times_s is not None
-        yield "label.va", read_va(sample.annotation, frame_times_s), {}
+        yield "label.va", read_va(sample.annotation, frame_times_s), notes
 
 
-def _silent(sample: Sample, name: str) -> str:
-    return f"{sample.video} has no sound: {name} has no rows there; its curve rests on the picture alone"
+SILENT = {"problem": "it has no sound; its curve rests on the picture alone"}
 
 
-def _watched(sample: Sample, faces: Faces) -> tuple[Track, dict[str, str]]:
+def _damaged(damage: str | None) -> Notes:
+    return {"damage": damage} if damage else {}
+
+
+def _unseen(rows: int) -> Notes:
+    return {"warning": f"no face in any of its {rows} frames"}
+
+
+def _watched(sample: Sample, faces: Faces) -> tuple[Track, Notes]:
     assert sample.video is not None
     video = Video(sample.video)
     hint = video.check().frames_hint
     with _frame_bar("faces", hint) as bar:
         track = faces(video, on_frames=bar.update)
-    if video.damage:
-        return track, {
-            "problem": f"{sample.video}: {video.damage}; the frames before are kept: get a whole copy"
-        }
-    if not track.valid.any():
-        return track, {"warning": f"{sample.video}: no face in any of its {len(track)} frames"}
-    return track, {}
+    return track, _damaged(video.damage) | ({} if track.valid.any() else _unseen(len(track)))
 
 
 def _aligned(sample: Sample, faces: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -264,7 +285,10 @@ def _aligned(sample: Sample, faces: Track) -> Iterator[tuple[np.ndarray, np.ndar
 
 
 def _encode(
-    batches: Iterable[tuple[np.ndarray, np.ndarray]], encoders: dict[str, Any], times_s: np.ndarray
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    encoders: dict[str, Any],
+    times_s: np.ndarray,
+    notes: Notes,
 ) -> Iterator[Made]:
     """One pass of crops through every encoder. Rows without a crop stay NaN."""
     values: dict[str, np.ndarray] = {}
@@ -278,8 +302,10 @@ def _encode(
             bar.update(int(rows[-1]) + 1 - bar.n)
     for name, encoder in encoders.items():
         if name not in values:  # no face in any frame
-            values[name] = np.full((len(times_s), encoder.dim), np.nan, np.float16)
-        yield name, Track(values[name], times_s), {}
+            nothing = np.full((len(times_s), encoder.dim), np.nan, np.float16)
+            yield name, Track(nothing, times_s), notes | _unseen(len(times_s))
+        else:
+            yield name, Track(values[name], times_s), notes
 
 
 def _frame_bar(doing: str, total: int | None) -> tqdm:
@@ -290,21 +316,24 @@ def _frame_bar(doing: str, total: int | None) -> tqdm:
 def _take_notes(outcome: Outcome, encoders: dict[str, Encoder], store: Store) -> None:
     """The notes of all its tracks, also of those stored by an earlier run: what was wrong then still is."""
     notes = [store.provenance(w.recipe, w.media) for w in outcome.tracks.values()]
-    problems = [n["problem"] for n in notes if "problem" in n]
+    told = {k: list(dict.fromkeys(n[k] for n in notes if k in n)) for k in ("damage", "problem", "warning")}
+    if told["damage"]:
+        told["problem"] += [*told["damage"], "what could be read is kept; get a whole copy"]
     for name in (n for n, e in encoders.items() if e.eats == "sound" and n not in outcome.tracks):
-        problems.append(
-            f"{outcome.sample.crops}: no video of that name beside the crops, so no sound for {name}"
-        )
-    outcome.problem = "; ".join(problems) or None
-    outcome.warning = "; ".join(n["warning"] for n in notes if "warning" in n) or None
+        told["problem"].append(f"no video of that name beside the crops, so no sound for {name}")
+    if told["problem"]:
+        outcome.problem = f"{outcome.sample.source}: {'; '.join(told['problem'])}"
+    if told["warning"]:
+        outcome.warning = f"{outcome.sample.source}: {'; '.join(told['warning'])}"
 
 
-def labelled_crops(sample: Sample, store: Store, most: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Up to `most` evenly spaced frames that have a face and a label: (crops (N, 112, 112, 3), labels (N, 2)).
+def labelled_crops(outcome: Outcome, store: Store, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Up to `most` evenly spaced frames that have a face and a label: (crops (N, H, W, 3), labels (N, 2)).
 
-    The faces and labels must be stored (`extract` with no encoder does it). None if there is no such frame.
+    outcome: complete, of `extract` (with no encoder will do). None if there is no such frame. Crops are 112x112, or as
+    the data set brings them; raises VacliError where those differ in size.
     """
-    tracks = plan(sample, {}, Faces(), store.fingerprints)
+    sample, tracks = outcome.sample, outcome.tracks
     labels = store.get(tracks["label.va"].recipe, tracks["label.va"].media)
     if sample.crops is None:
         faces = store.get(tracks["faces"].recipe, tracks["faces"].media)
@@ -312,17 +341,13 @@ def labelled_crops(sample: Sample, store: Store, most: int) -> tuple[np.ndarray,
     else:
         seen, batches = np.flatnonzero(labels.valid), sample.read_crops(len(labels))
         seen = np.intersect1d(seen, list(sample.crop_files()))
-    chosen = (
-        set(seen[np.linspace(0, len(seen) - 1, min(most, len(seen))).astype(int)].tolist())
-        if len(seen)
-        else set()
-    )
-    kept = [
-        (crop, row)
-        for crops, rows in batches
-        for crop, row in zip(crops, rows, strict=True)
-        if int(row) in chosen
-    ]
+    if not len(seen):
+        return None
+    chosen = seen[np.linspace(0, len(seen) - 1, min(most, len(seen))).astype(int)]
+    kept = [(crops[here], rows[here]) for crops, rows in batches if (here := np.isin(rows, chosen)).any()]
     if not kept:
         return None
-    return np.stack([crop for crop, _ in kept]), labels.values[[row for _, row in kept]]
+    if len({crops.shape[1:] for crops, _ in kept}) > 1:
+        raise VacliError(f"{sample.crops}: crops of several sizes; wanted one size, 112x112")
+    rows = np.concatenate([rows for _, rows in kept])
+    return np.concatenate([crops for crops, _ in kept]), labels.values[rows]

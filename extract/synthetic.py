@@ -217,7 +217,7 @@ def _sound(truth: dict[str, np.ndarray], length_s: float, rng: np.random.Generat
     room = rng.standard_normal(len(clock_s)) * 10 ** (rng.uniform(-62.0, -52.0) / 20)
     sound = voice + room
     for start_s, sign in zip(truth["cue_a_s"], truth["cue_a"], strict=True):
-        first = round(start_s * SOUND_RATE_HZ)
+        first = min(round(start_s * SOUND_RATE_HZ), len(sound))  # a short video may end before its first cue
         sound[first : first + round(CUE_S * SOUND_RATE_HZ)] += _chime(int(sign))[: len(sound) - first]
     return np.stack([np.clip(sound, -1.0, 1.0), opening])
 

@@ -38,7 +38,11 @@ from .track import Track
 
 FORMAT = 1
 _JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
-_DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+}
 
 
 class StoreError(VacliError):
@@ -197,17 +201,17 @@ class Store:
         """
         with _told("write the list of videos", self.path), self._locked():
             videos = self._attributes("videos")
-            old = videos.get(video_id, {})
-            new = {**facts, "tracks": {**old.get("tracks", {}), **tracks}}
-            if old and old["root"] != facts["root"] and old["media"] != facts["media"]:
+            old = videos.get(video_id)
+            new = {**facts, "tracks": dict(tracks)}
+            if old and old["media"] == facts["media"]:
+                new["tracks"] = {**old["tracks"], **tracks}
+                # seen from another folder, it stays where it was
+                new["split"] = facts["split"] or old["split"]
+            elif old and old["root"] != facts["root"]:
                 raise StoreError(
                     f"{facts['root']} has a video {video_id!r}, and {self.path} knows another one of that name "
                     f"from {old['root']}: use another --store"
                 )
-            if (
-                old and old["media"] != facts["media"]
-            ):  # the file has changed: its old tracks are not this video's
-                new["tracks"] = dict(tracks)
             if new != old:
                 videos[video_id] = new
                 self._replace_group(self.path / "videos", videos)

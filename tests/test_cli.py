@@ -112,6 +112,17 @@ def test_a_second_prediction_extracts_nothing_and_is_the_same(at):
     assert (at / "predictions" / "puppet_val_00.csv").read_bytes() == first
 
 
+def test_a_bad_annotation_does_not_keep_a_curve_from_being_drawn(at):
+    label = next((at / "data").glob("annotations/*/*/puppet_val_00.txt"))
+    label.write_text("valence,arousal\n7,7\n")
+    assert (
+        "lies outside [-1, 1]"
+        in vacli("extract", "data", "-o", "mae.weights=vit.safetensors", fails=True).output
+    )
+    told = vacli("predict", "--video", "data").output
+    assert "3 of 3 curves" in told
+
+
 def test_the_store_lists_and_verifies(at):
     assert "puppet_val_00            validation" in vacli("store", "ls").output
     assert "9 tracks read, 0 damaged" in vacli("store", "verify").output

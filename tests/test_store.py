@@ -226,7 +226,7 @@ def _kill_a_writer(path, seed: int, after_s: float) -> list[tuple[str, int]]:
     return [(line.split()[0], int(line.split()[1])) for line in acknowledged]
 
 
-def _kills(path, kills: int) -> None:
+def _check_after_kills(path, kills: int) -> None:
     rng = np.random.default_rng(0)
     acknowledged: list[tuple[str, int]] = []
     for seed in range(kills):
@@ -239,12 +239,12 @@ def _kills(path, kills: int) -> None:
 
 
 def test_kill_9_loses_nothing_acknowledged_and_leaves_nothing_half_written(tmp_path):
-    _kills(tmp_path / "s.zarr", 10)
+    _check_after_kills(tmp_path / "s.zarr", 10)
 
 
 @pytest.mark.slow
 def test_kill_9_two_hundred_times(tmp_path):
-    _kills(tmp_path / "s.zarr", 200)
+    _check_after_kills(tmp_path / "s.zarr", 200)
 
 
 def test_what_a_killed_writer_left_is_swept(store):
@@ -291,6 +291,12 @@ def test_names_are_linked_relinked_and_never_shared(store):
     }  # another file: what was made of the old one is not its
     with pytest.raises(StoreError, match="another one of that name"):
         store.link("v", {"root": "/data/b", "media": "ef" * 32, "split": None}, {})
+
+
+def test_a_video_seen_from_another_folder_keeps_its_split(store):
+    store.link("v", {"root": "/data", "media": MEDIA, "split": "validation"}, {})
+    store.link("v", {"root": "/data/batch2", "media": MEDIA, "split": None}, {})
+    assert store.videos()["v"]["split"] == "validation"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "zarr", "newer", "absent", "torn"])

@@ -221,8 +221,13 @@ def test_landmarks_do_not_move_with_the_expression() -> None:
     drawn = puppet.Puppet(puppet.Person.draw(np.random.default_rng(0)))
     glad, sad = (drawn.sprite(v, 0, 0.5, False, 0)[..., :3].astype(int) for v in (0.9, -0.9))
     assert np.abs(glad - sad).max() > 100  # it shows ...
-    for x, y in puppet.landmarks()[[0, 1, 2]]:  # ... but not in the eyes or at the nose
+    for x, y in drawn.landmarks()[[0, 1, 2]]:  # ... but not in the eyes or at the nose
         column, row = (np.array([x, y]) * puppet.DENSITY + puppet.ORIGIN).astype(int)
         assert np.array_equal(
             glad[row - 4 : row + 4, column - 4 : column + 4], sad[row - 4 : row + 4, column - 4 : column + 4]
         )
+
+
+def test_a_video_that_ends_before_its_first_cue_is_made(tmp_path: Path) -> None:
+    assert make_puppets(tmp_path / "short", train=1, validation=0, length_s=1, rate_hz=5, processes=1)
+    assert len(rows(tmp_path / "short", "puppet_train_00")) == 5

@@ -1,0 +1,258 @@
+"""What lies in a folder is found once, under its own name, with its labels, its split and its times."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from vacli import VacliError
+from vacli.extract.datasets import CROPS_RATE_HZ, Sample, find
+from vacli.store import Fingerprints
+
+from .media_files import pictures, write_video
+
+VA = "valence,arousal\n0.1,0.2\n"
+
+
+def put(root: Path, *names: str, text: str = "x") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def put_crops(folder: Path, numbers: list[int], size: int = 8) -> Path:
+    """A picture a number, each as bright as its number says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in numbers:
+        cv2.imwrite(str(folder / f"{n:05d}.jpg"), np.full((size, size, 3), n, np.uint8))
+    return folder
+
+
+def old(*paths: Path) -> None:
+    """As if written an hour ago, so that their digests are remembered."""
+    for path in paths:
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+
+
+def by_id(root: Path) -> dict[str, Sample]:
+    return {sample.id: sample for sample in find(root)}
+
+
+# ---- plain folders -------------------------------------------------------------------------------------------
+
+
+def test_every_video_below_a_plain_folder_is_found_by_its_path(tmp_path):
+    put(tmp_path, "b.mp4", "day/a.MKV", "day/night/a.webm", "notes.txt", "day/cover.jpg")
+    samples = find(tmp_path)
+    assert [s.id for s in samples] == ["b", "day/a", "day/night/a"]
+    assert all(s.video and s.video.is_file() and s.root == tmp_path.resolve() for s in samples)
+    assert all(s.crops is s.annotation is s.split is None for s in samples)
+
+
+def test_a_stem_with_two_suffixes_is_two_videos(tmp_path):
+    put(tmp_path, "a.mp4", "a.mov", "b.mp4")
+    assert [s.id for s in find(tmp_path)] == ["a.mov", "a.mp4", "b"]
+
+
+def test_what_a_dot_hides_is_not_found(tmp_path):
+    put(tmp_path, "a.mp4", "._a.mp4", ".trash/b.mp4", "day/.thumbnails/c.mp4")
+    assert [s.id for s in find(tmp_path)] == ["a"]
+    hidden = tmp_path / ".cache" / "data"
+    put(hidden, "a.mp4")
+    assert [s.id for s in find(hidden)] == ["a"]  # asked for by its name, it is no secret
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [("train", "train"), ("Training", "train"), ("val", "validation"), ("validation/day", "validation"),
+     ("Validation_Set", "validation"), ("test", "test"), ("latest", None), (".", None)],
+)  # fmt: skip
+def test_folders_named_after_a_split_make_it(folder, split, tmp_path):
+    put(tmp_path, f"{folder}/a.mp4")
+    assert [s.split for s in find(tmp_path)] == [split]
+
+
+def test_the_folder_asked_for_makes_no_split(tmp_path):
+    put(tmp_path, "train/a.mp4")
+    assert find(tmp_path / "train")[0].split is None
+
+
+def test_a_text_beside_a_clip_labels_it_if_it_speaks_of_valence_and_arousal(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    put(tmp_path, "a.txt", text=VA)
+    put(tmp_path, "b.txt", text="a transcript\n")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00valence,arousal")
+    found = by_id(tmp_path)
+    assert found["a"].annotation == tmp_path / "a.txt"
+    assert [found[k].annotation for k in "bcd"] == [None] * 3
+
+
+def test_a_single_file_is_the_sample_its_folder_would_have(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    put(tmp_path, "a.txt", text=VA)
+    assert find(tmp_path / "a.mp4") == [by_id(tmp_path)["a"]]
+
+
+def test_missing_and_empty_folders_are_told_from_each_other(tmp_path):
+    with pytest.raises(VacliError, match=r"no such file or folder: .*nowhere; wanted a video or a folder"):
+        find(tmp_path / "nowhere")
+    put(tmp_path, "notes.txt")
+    with pytest.raises(VacliError, match=r"no videos below .*; wanted files ending in .*\.mp4"):
+        find(tmp_path)
+
+
+# ---- Aff-Wild2 -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def affwild2(tmp_path) -> Path:
+    sets = "annotations/VA_Estimation_Challenge"
+    put(tmp_path, f"{sets}/Train_Set/12_left.txt", f"{sets}/Train_Set/12_right.txt", text=VA)
+    put(tmp_path, f"{sets}/Train_Set/new.txt", f"{sets}/Validation_Set/7.txt", text=VA)
+    put(tmp_path, f"{sets}/Validation_Set/lost.txt", f"{sets}/Train_Set/._7.txt", text=VA)
+    put(tmp_path, "annotations/EXPR_Classification_Challenge/Train_Set/expr.txt", text="Neutral,Anger\n0\n")
+    put(
+        tmp_path,
+        "batch1/12.mp4",
+        "batch1/7.avi",
+        "batch2/test.mp4",
+        "batch2/expr.mp4",
+        "batch2/turn_left.mp4",
+    )
+    for name in ("12_left", "12_right", "7", "cropsonly", ".ipynb_checkpoints"):
+        put_crops(tmp_path / "cropped_aligned" / name, [1])
+    put_crops(tmp_path / "cropped_aligned_new_50_vids" / "new", [1])
+    (tmp_path / "cropped_aligned" / ".DS_Store").touch()
+    return tmp_path
+
+
+def test_aff_wild2_gives_one_sample_a_person(affwild2):
+    found = by_id(affwild2)
+    assert sorted(found) == ["12_left", "12_right", "7", "cropsonly", "expr", "new", "test", "turn_left"]
+    assert len(find(affwild2)) == len(found)
+
+
+def test_left_and_right_share_the_bare_video_and_keep_their_own_crops_and_labels(affwild2):
+    left, right = by_id(affwild2)["12_left"], by_id(affwild2)["12_right"]
+    assert left.video == right.video == affwild2 / "batch1" / "12.mp4"
+    assert (left.crops, right.crops) == tuple(
+        affwild2 / "cropped_aligned" / f"12_{s}" for s in ("left", "right")
+    )
+    assert left.annotation != right.annotation
+    assert (
+        by_id(affwild2)["turn_left"].video == affwild2 / "batch2" / "turn_left.mp4"
+    )  # its own name comes first
+
+
+def test_the_sets_of_the_annotations_are_the_splits(affwild2):
+    splits = {name: s.split for name, s in by_id(affwild2).items()}
+    assert splits == {
+        "12_left": "train", "12_right": "train", "new": "train", "7": "validation",
+        "cropsonly": None, "expr": None, "test": None, "turn_left": None,
+    }  # fmt: skip
+
+
+def test_crops_without_a_video_and_videos_without_crops_or_labels_are_samples_too(affwild2):
+    found = by_id(affwild2)
+    assert (found["new"].video, found["cropsonly"].video, found["cropsonly"].annotation) == (None, None, None)
+    assert found["new"].crops == affwild2 / "cropped_aligned_new_50_vids" / "new"
+    assert (found["test"].crops, found["test"].annotation) == (None, None)
+    assert found["expr"].annotation is None  # its file is about expressions
+
+
+def test_videos_without_crops_are_read_by_the_annotations_alone(affwild2, tmp_path):
+    for folder in affwild2.glob("cropped_aligned*"):
+        folder.rename(tmp_path / f"away_{folder.name}")
+    left = by_id(affwild2)["12_left"]
+    assert (left.crops, left.video) == (None, affwild2 / "batch1" / "12.mp4")
+
+
+# ---- crops ---------------------------------------------------------------------------------------------------
+
+
+def test_crop_numbers_with_holes_keep_their_frames(tmp_path):
+    sample = Sample("a", tmp_path, crops=put_crops(tmp_path / "a", [2, 3, 7, 12]))
+    put(tmp_path / "a", "00000.jpg", "notes.txt", "x00005.jpg", "._00004.jpg")
+    assert sorted(sample.crop_files()) == [1, 2, 6, 11]
+    np.testing.assert_allclose(sample.frame_times_s(), np.arange(12) / CROPS_RATE_HZ)
+    seen = list(sample.read_crops(rows=10, batch=2))
+    assert [rows.tolist() for _, rows in seen] == [[1, 2], [6]]
+    assert [crops[:, 0, 0, 0].tolist() for crops, _ in seen] == [[2, 3], [7]]
+    assert all(crops.dtype == np.uint8 and crops.shape[1:] == (8, 8, 3) for crops, _ in seen)
+
+
+def test_crops_beside_their_video_take_its_times(tmp_path):
+    video = write_video(tmp_path / "a.mp4", pictures(5), [0.0, 0.1, 0.3, 0.35, 0.5])
+    sample = Sample("a", tmp_path, video, put_crops(tmp_path / "a", [1, 4, 9]))
+    np.testing.assert_allclose(sample.frame_times_s(), [0.0, 0.1, 0.3, 0.35, 0.5], atol=1e-3)
+    assert sample.frame_clock()[1] is None
+    assert [rows.tolist() for _, rows in sample.read_crops(5)] == [[0, 3]]  # no frame is numbered 9
+
+
+def test_an_unreadable_crop_counts_as_missing(tmp_path, capfd):
+    sample = Sample("a", tmp_path, crops=put_crops(tmp_path / "a", [1, 2, 3]))
+    (tmp_path / "a" / "00002.jpg").write_bytes(b"not a picture")
+    assert [rows.tolist() for _, rows in sample.read_crops(3)] == [[0, 2]]
+    assert len(sample.frame_times_s()) == 3
+    (tmp_path / "a" / "00003.jpg").write_bytes(b"")
+    assert [rows.tolist() for _, rows in sample.read_crops(3)] == [[0]]
+
+
+def test_crops_of_other_sizes_come_in_batches_of_their_own_in_order(tmp_path):
+    sample = Sample("a", tmp_path, crops=put_crops(tmp_path / "a", [1, 2, 4]))
+    put_crops(tmp_path / "a", [3], size=12)
+    assert [rows.tolist() for _, rows in sample.read_crops(4)] == [[0, 1], [2], [3]]
+
+
+def test_crops_are_rgb(tmp_path):
+    crops = put_crops(tmp_path / "a", [])
+    cv2.imwrite(str(crops / "00001.png"), np.full((8, 8, 3), (250, 10, 20), np.uint8))  # blue, green, red
+    [(read, _)] = Sample("a", tmp_path, crops=crops).read_crops(1)
+    assert read[0, 0, 0].tolist() == [20, 10, 250]
+
+
+# ---- what pictures are made from -----------------------------------------------------------------------------
+
+
+def test_media_change_with_the_content_and_not_with_a_touch_or_the_place(tmp_path):
+    crops, video = put_crops(tmp_path / "a", [1, 2]), write_video(tmp_path / "a.mp4", pictures(2))
+    sample = Sample("a", tmp_path, video, crops)
+    first = sample.media(Fingerprints())
+    old(video, *crops.iterdir())
+    memory = Fingerprints()
+    assert sample.media(memory) == sample.media(Fingerprints(memory.memo)) == first
+    (tmp_path / "moved").mkdir()
+    moved = Sample(
+        "b", tmp_path, video.rename(tmp_path / "moved" / "b.mp4"), crops.rename(tmp_path / "moved" / "b")
+    )
+    assert moved.media(memory) == first
+    cv2.imwrite(str(moved.crops / "00002.jpg"), np.full((8, 8, 3), 99, np.uint8))
+    second = moved.media(memory)
+    assert second != first
+    (moved.crops / "00002.jpg").rename(moved.crops / "00003.jpg")
+    third = moved.media(memory)
+    moved.video.write_bytes(moved.video.read_bytes() + b"\0")
+    assert len({first, second, third, moved.media(memory)}) == 4
+
+
+def test_media_of_crops_say_whether_a_video_times_them(tmp_path):
+    crops, video = put_crops(tmp_path / "a", [1, 2]), write_video(tmp_path / "a.mp4", pictures(2))
+    samples = [
+        Sample("a", tmp_path, video),
+        Sample("a", tmp_path, video, crops),
+        Sample("a", tmp_path, None, crops),
+    ]
+    assert len({sample.media(Fingerprints()) for sample in samples}) == 3
+    assert samples[0].media(Fingerprints()) == Fingerprints().file(video)
+
+
+def test_a_cut_video_says_so_while_it_times_the_crops(tmp_path):
+    video = write_video(tmp_path / "a.mkv", pictures(60))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 3 // 4])
+    times_s, damage = Sample("a", tmp_path, video, put_crops(tmp_path / "a", [1])).frame_clock()
+    assert 0 < len(times_s) < 60
+    assert "cut off after" in (damage or "")
