@@ -92,6 +92,10 @@ def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, 
     from .store import Store
 
     samples = find(data)
+    if any(s.crops for s in samples) and not (data / "puppets.json").exists():
+        click.echo(
+            "note: if this is Aff-Wild2: its licence forbids sharing features derived from it", err=True
+        )
     opened = Store(store, create=True)
     encoders = make_encoders(names, _by_name(options), opened.fingerprints)
     _say_notes(encoders)
@@ -220,8 +224,16 @@ def predict(
     opened = Store(store, create=True)
     encoders = _encoders_of(trained, opened, _by_name(options))
     _say_notes(encoders)
-    outcomes = run_extract(samples, encoders, opened, link=False)
-    written = [path for o in outcomes if (path := _write_curve(trained, o, opened, out, not no_smooth))]
+    written: list[
+        Path
+    ] = []  # each as soon as its video is done: a run that is stopped leaves the curves so far
+    outcomes = run_extract(
+        samples,
+        encoders,
+        opened,
+        link=False,
+        then=lambda outcome: written.append(_write_curve(trained, outcome, opened, out, not no_smooth)),
+    )
     click.echo(f"{len(written)} of {len(samples)} curves in {out}/ by {trained.path}")
     _summarise(outcomes, store)
 
@@ -338,14 +350,12 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
     return made
 
 
-def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path | None:
-    """The CSV of one video, from its stored tracks; None where its features could not be made."""
+def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path:
+    """The CSV of one video, from its stored tracks."""
     from .store.interchange import write_curve_csv
     from .temporal.predict import predict
     from .temporal.windows import Clip
 
-    if not outcome.complete:
-        return None
     tracks = {name: store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
     times_s, face = outcome.frames_and_faces(tracks)
     clip = Clip.on_clock(outcome.sample.id, times_s, tracks, run.dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,13 +119,18 @@ def _made(maker: Any, name: str, given: dict[str, str], fingerprints: Fingerprin
 
 
 def extract(
-    samples: list[Sample], encoders: dict[str, Encoder], store: Store, link: bool = True
+    samples: list[Sample],
+    encoders: dict[str, Encoder],
+    store: Store,
+    link: bool = True,
+    then: Callable[[Outcome], object] | None = None,
 ) -> list[Outcome]:
     """Make what is missing, sample by sample; one broken video never stops the others.
 
-    link: tell the store's list of videos about the samples (so that training finds them). What was stored before
-    is not computed again; stop it at any time and call it again. Raises a fatal
-    VacliError for what would befall every video: a store that cannot be written, weights that do not fit.
+    link: tell the store's list of videos about the samples (so that training finds them). then: called with each
+    outcome as soon as all its tracks are stored; what goes wrong in it is that sample's problem. What was stored
+    before is not computed again; stop it at any time and call it again. Raises a fatal VacliError for what would
+    befall every video: a store that cannot be written, weights that do not fit.
     """
     faces = Faces()
     outcomes = []
@@ -133,12 +138,19 @@ def extract(
     with tqdm(samples, desc="extract", unit="video", dynamic_ncols=True, mininterval=calm) as bar:
         for sample in bar:
             bar.set_postfix_str(sample.id[-40:], refresh=sys.stderr.isatty())
-            outcomes.append(_one(sample, encoders, faces, store, link))
+            outcomes.append(_one(sample, encoders, faces, store, link, then))
             store.remember_fingerprints()
     return outcomes
 
 
-def _one(sample: Sample, encoders: dict[str, Encoder], faces: Faces, store: Store, link: bool) -> Outcome:
+def _one(
+    sample: Sample,
+    encoders: dict[str, Encoder],
+    faces: Faces,
+    store: Store,
+    link: bool,
+    then: Callable[[Outcome], object] | None,
+) -> Outcome:
     outcome = Outcome(sample)
     try:
         outcome.tracks = plan(sample, encoders, faces, store.fingerprints)
@@ -156,6 +168,8 @@ def _one(sample: Sample, encoders: dict[str, Encoder], faces: Faces, store: Stor
                 "media": sample.media(store.fingerprints),
             }
             store.link(sample.id, facts, {n: _address(w) for n, w in outcome.tracks.items()})
+        if then:
+            then(outcome)
     except VacliError as e:
         if e.fatal:
             raise

@@ -97,7 +97,10 @@ def _plan(store: Store, preset: Preset, seed: int, tell: Callable[[str], None]) 
         "label": {**label, "recipe": store.recipe_of(label["folder"])},
         **{split: {v: members[v] for v in ids} for split, ids in splits.items()},
     }
-    about["settings"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    # where the weights lie is no setting: the recipe has their hash
+    of_streams = {name: {k: v for k, v in s.items() if k != "encoder"} for name, s in streams.items()}
+    settings = json.dumps({**about, "streams": of_streams}, sort_keys=True)
+    about["settings"] = hashlib.sha256(settings.encode()).hexdigest()
     return {**about, "versions": {"vacli": __version__, "torch": torch.__version__, "numpy": np.__version__}}
 
 

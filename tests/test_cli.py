@@ -112,6 +112,27 @@ def test_a_second_prediction_extracts_nothing_and_is_the_same(at):
     assert (at / "predictions" / "puppet_val_00.csv").read_bytes() == first
 
 
+def test_a_damaged_track_costs_one_curve_and_the_next_run_has_it(at):
+    (at / "clips").mkdir()
+    for number in range(2):
+        write_video(at / f"clips/c{number}.mp4", pictures(6, 96, 96), sound=clicks(0.24, [0.1]))
+    vacli("predict", "--video", "clips")
+    shutil.rmtree(at / "predictions")
+    chunk = sorted((at / "features.zarr").glob("faces@*/*/values/c.0.0"))[0]
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    told = vacli("predict", "--video", "clips", fails=True).output
+    assert "1 of 2 curves" in told
+    assert "damaged track faces@" in told
+    assert "2 of 2 curves" in vacli("predict", "--video", "clips").output
+
+
+def test_the_licence_of_aff_wild2_is_told_where_its_layout_is_met(at):
+    words = ["extract", "data", "-o", "mae.weights=vit.safetensors"]
+    assert "forbids sharing" not in vacli(*words).output  # these are puppets
+    (at / "data" / "puppets.json").unlink()
+    assert "its licence forbids sharing features derived from it" in vacli(*words).output
+
+
 def test_a_bad_annotation_does_not_keep_a_curve_from_being_drawn(at):
     label = next((at / "data").glob("annotations/*/*/puppet_val_00.txt"))
     label.write_text("valence,arousal\n7,7\n")

@@ -111,9 +111,10 @@ def test_a_seed_gives_the_same_bytes_and_another_one_others(puppets, store, tmp_
 
 @pytest.mark.parametrize("epochs", [2, 10, 11])
 def test_any_number_of_steps_can_be_scheduled(epochs, puppets, store, tmp_path):
-    finetune(
-        find(puppets), store, tmp_path / "a.safetensors", **FAST | {"epochs": epochs}, frames_per_video=2
-    )
+    out = tmp_path / "a.safetensors"
+    figures = finetune(find(puppets), store, out, **FAST | {"epochs": epochs}, frames_per_video=2)
+    assert all(-1 <= ccc <= 1 for ccc in figures.values())
+    assert Mae(weights=str(out)).model_name == "test_vit"
 
 
 def test_a_broken_video_is_left_out(puppets, start, store, tmp_path, capsys):
