@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import VacliError, __version__
+from .cli_store import STORE
+from .cli_store import store as store_commands
 
 if TYPE_CHECKING:
     from .extract.run import Encoder, Outcome
@@ -45,7 +47,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-_STORE = click.option("--store", default="features.zarr", show_default=True, help="The feature store.")
 _RUNS = click.option("--runs", default="runs", show_default=True, help="The folder of trained runs.")
 _OPTIONS = click.option(
     "-o", "options", multiple=True, metavar="NAME.KEY=VALUE", help="An encoder's option, as mae.weights=FILE."
@@ -75,7 +76,7 @@ def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: fl
 
 @main.command()
 @click.argument("data", type=click.Path(path_type=Path))
-@_STORE
+@STORE
 @click.option(
     "--encoder", "names", multiple=True, default=("mae", "logmel"), show_default=True,
     help="An encoder by name, or NAME=ENCODER to call its track NAME. May be repeated.",
@@ -108,7 +109,7 @@ def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, 
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("weights/mae-tuned.safetensors"), show_default=True
 )
-@_STORE
+@STORE
 @click.option("--model", help="A timm ViT; by default the one of the weights, else the MAE ViT-L/16.")
 @click.option("--weights", help="Where to start; looked for as by `vacli extract` if absent.")
 @click.option("--from-scratch", is_flag=True, help="Start from random weights (for small models only).")
@@ -137,7 +138,7 @@ def finetune(data: Path, out: Path, store: str, **how: Any) -> None:
 @click.option(
     "--head", default="mamba", show_default=True, help="A preset (`vacli heads`) or a file my.toml."
 )
-@_STORE
+@STORE
 @_RUNS
 @click.option(
     "--stream",
@@ -180,7 +181,7 @@ def train(
 @main.command()
 @click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
 @_RUNS
-@_STORE
+@STORE
 @click.option("--no-smooth", is_flag=True, help="Judge the raw curves.")
 def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> None:
     """CCC of a trained run on the validation videos: all labelled frames concatenated."""
@@ -200,7 +201,7 @@ def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> No
 @click.option("--video", required=True, type=click.Path(path_type=Path), help="A video or a folder of them.")
 @click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
 @_RUNS
-@_STORE
+@STORE
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True)
 @click.option("--no-smooth", is_flag=True, help="Write the raw curves.")
 @_OPTIONS
@@ -263,37 +264,7 @@ def encoders() -> None:
         click.echo(f"{name:<8} eats {encoder.eats:<6} {(encoder.__doc__ or '').splitlines()[0]}")
 
 
-@main.group()
-def store() -> None:
-    """Look at a feature store."""
-
-
-@store.command("ls")
-@_STORE
-def store_ls(store: str) -> None:
-    """Every video of the store with its tracks and their recipes."""
-    from .store import Store
-
-    for video_id, facts in Store(store).videos().items():
-        tracks = "  ".join(
-            sorted(f"{n}@{t['folder'].partition('@')[2][:6]}" for n, t in facts["tracks"].items())
-        )
-        click.echo(f"{video_id:<24} {facts['split'] or '-':<10} {tracks}")
-
-
-@store.command("verify")
-@_STORE
-def store_verify(store: str) -> None:
-    """Read every track with its checksums; names the damaged ones."""
-    from .store import Store
-
-    found = list(Store(store).verify())
-    damaged = [what for _, what in found if what]
-    for what in damaged:
-        click.echo(what, err=True)
-    click.echo(f"{len(found)} tracks read, {len(damaged)} damaged")
-    if damaged:
-        sys.exit(1)
+main.add_command(store_commands)
 
 
 # ---- between the commands and the stages ---------------------------------------------------------------------

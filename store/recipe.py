@@ -17,9 +17,13 @@ _TRACK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RACY_NS = 2_000_000_000  # a file changed this close to its hashing may change again within one clock tick
 
 
-def canonical(recipe: dict[str, Any]) -> str:
-    """The one JSON text of a recipe: sorted keys, no spaces. Raises ValueError on NaN or what is not JSON."""
-    _refuse_odd_keys(recipe)
+def canonical(recipe: dict[str, Any], of_json: bool = False) -> str:
+    """The one JSON text of a recipe: sorted keys, no spaces. Raises ValueError on NaN or what is not JSON.
+
+    of_json: it was read from JSON, so all its keys are text already.
+    """
+    if not of_json:
+        _refuse_odd_keys(recipe)
     return json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -34,17 +38,22 @@ def _refuse_odd_keys(value: Any) -> None:
             _refuse_odd_keys(inner)
 
 
-def digest(recipe: dict[str, Any]) -> str:
+def digest(recipe: dict[str, Any], of_json: bool = False) -> str:
     """SHA-256 (hex) of the canonical JSON: the identity of every track made by this recipe."""
-    return hashlib.sha256(canonical(recipe).encode()).hexdigest()
+    return hashlib.sha256(canonical(recipe, of_json).encode()).hexdigest()
+
+
+def track_name(recipe: dict[str, Any]) -> str:
+    """The recipe's own name for its tracks. Raises ValueError if it is not fit for the name of a folder."""
+    name = recipe.get("track")
+    if not isinstance(name, str) or not _TRACK_NAME.fullmatch(name):
+        raise ValueError(f"recipe['track'] must match {_TRACK_NAME.pattern}, got {name!r}")
+    return name
 
 
 def folder_name(recipe: dict[str, Any]) -> str:
     """`<track>@<first 16 hex digits>`: where tracks of this recipe lie in a store."""
-    name = recipe.get("track")
-    if not isinstance(name, str) or not _TRACK_NAME.fullmatch(name):
-        raise ValueError(f"recipe['track'] must match {_TRACK_NAME.pattern}, got {name!r}")
-    return f"{name}@{digest(recipe)[:16]}"
+    return f"{track_name(recipe)}@{digest(recipe)[:16]}"
 
 
 def combine(*digests: str) -> str:

@@ -1,14 +1,14 @@
 """The store: a content-addressed cache, (recipe, media) -> Track, in plain Zarr v3, each track whole or absent.
 
-Layout (every folder is a Zarr group or array, so any Zarr v3 reader opens all of it):
+Layout (every folder is a Zarr group or array, so any Zarr v3 reader opens it; more in docs/store-format.md):
 
     <store>/zarr.json                        group; its attributes hold the format number
     <store>/<track>@<recipe16>/zarr.json     group; attributes: the whole recipe, readable
     <store>/<track>@<recipe16>/<media24>/    one entry: arrays `values` and `times_s`, one raw chunk each
                                              (bytes + crc32c); its zarr.json is the commit record, written last
-    <store>/videos/                          group; attributes: what people call things (ids, track names, splits)
+    <store>/videos/<digest of an id>/        group; attributes: what people call things (id, track names, split)
     <store>/fingerprints/                    group; attributes: remembered digests of media
-    <store>/.staging/  .quarantine/          groups: what is being written; what was found broken
+    <store>/.staging/  .quarantine/  .trash/ what is being written; was found broken; is being removed
 
 An entry is made in .staging, flushed to the disk, its record written last, and then renamed to its place: at any
 moment it is whole or not there. Nothing is changed in place.
@@ -17,110 +17,80 @@ moment it is whole or not there. Nothing is changed in place.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-import numpy as np
-
-from .. import VacliError, __version__
-from .recipe import Fingerprints, canonical, digest, folder_name
+from .. import __version__
+from . import disk, entry, names
+from .entry import Damaged, Unreadable, Writer
+from .place import StoreError
+from .recipe import Fingerprints, canonical, digest, folder_name, track_name
+from .remote import place_of
 from .track import Track
 
-FORMAT = 1
-_JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-    "float64": np.dtype("<f8"),
-}
-
-
-class StoreError(VacliError):
-    """The store itself cannot be used: foreign, newer, full, read-only."""
-
-    fatal = True
-
-
-class Damaged(VacliError):
-    """An entry does not hold what its record says; it has been set aside and is absent from now on."""
+FORMAT = 2  # 1: the names of all videos in one file, videos/zarr.json
+_NAMES_LIMIT, _MEMO_LIMIT = 2**20, 2**28  # bytes of JSON: of one video's names, of the remembered digests
 
 
 class Store:
-    """A feature store in a folder; opening an existing one is a few milliseconds and imports no zarr.
+    """A feature store in a folder; opening one is a few milliseconds and imports no zarr.
 
-    path: the folder. create: make it if absent (otherwise a missing store is a StoreError).
+    place: the folder. create: make it if absent, and be ready to write (otherwise a missing store is a StoreError).
     """
 
-    def __init__(self, path: str | Path, create: bool = False) -> None:
-        self.path = Path(path)
-        if not self.path.exists() or (
-            self.path.is_dir() and {e.name for e in self.path.iterdir()} <= {".staging"}
-        ):
+    def __init__(self, place: str | Path, create: bool = False) -> None:
+        self.at = place_of(place)
+        if self.at.absent():
             if not create:
                 raise StoreError(
-                    f"no feature store at {self.path}: make one with `vacli extract VIDEOS --store {self.path}`"
+                    f"no feature store at {place}: make one with `vacli extract VIDEOS --store {place}`"
                 )
-            with _told("create the store", self.path):
-                (self.path / ".staging").mkdir(parents=True, exist_ok=True)
-                self._replace_group(self.path, {"store_format": FORMAT})
-                self._replace_group(self.path / ".staging", {})
-        self._check_format()
+            with self.at.told("create the store"):
+                self.at.create({"store_format": FORMAT})
+        self._format = self._check_format()
+        with self.at.told("open the store"):
+            self.at.open()
         if create:
-            self._sweep_staging()
-        self.fingerprints = Fingerprints(self._attributes("fingerprints"))
+            with self.at.told("write"):
+                for path in self.at.leftovers():
+                    disk.remove(path)
+                self._upgrade()
+        self.fingerprints = Fingerprints(self._memo())
+        self._recipes_right: set[str] = set()  # whose readable recipe this process has seen to be right
 
-    def _check_format(self) -> None:
-        try:
-            attributes = _read_json(self.path / "zarr.json", limit=_JSON_LIMIT)["attributes"]["vacli"]
-            found = int(attributes["store_format"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise StoreError(
-                f"{self.path} is not a vacli store (no zarr.json with a vacli store_format); "
-                "give another place with --store"
-            ) from e
-        if found > FORMAT:
-            raise StoreError(
-                f"{self.path} has store format {found}, this vacli {__version__} reads up to {FORMAT}: update vacli"
-            )
+    @property
+    def path(self) -> Path:
+        """The folder on this machine: the store's own, or the cache of one elsewhere."""
+        return self.at.path
 
-    # ---- entries -------------------------------------------------------------------------------------------
+    def __str__(self) -> str:
+        return self.at.name
 
-    def entry(self, recipe: dict[str, Any], media: str) -> Path:
-        """Where the track of this recipe and media lies, or would lie."""
-        return self.path / folder_name(recipe) / media[:24]
+    # ---- tracks --------------------------------------------------------------------------------------------
 
     def has(self, recipe: dict[str, Any], media: str) -> bool:
         """Is it there and whole? Checks the record's own digest, its key and the sizes of the files; not the CRC."""
-        entry = self.entry(recipe, media)
-        if not entry.exists():
-            return False
-        try:
-            _check_record(entry, digest(recipe), media)
-        except Damaged as e:
-            self._quarantine(entry, e)
-            return False
-        return True
+        record = self._find(recipe, media)
+        return record is not None and "failed" not in record
 
     def get(self, recipe: dict[str, Any], media: str) -> Track:
-        """The track, every checksum checked. Raises KeyError if absent, Damaged (and sets it aside) if broken."""
-        entry = self.entry(recipe, media)
-        if not entry.exists():
-            raise KeyError(f"{entry.parent.name}/{entry.name}")
+        """The track; its values are a read-only map, their checksum verified when they are first mapped.
+
+        Raises KeyError if it is absent, Damaged (and sets it aside) if it is broken.
+        """
+        name = _entry_name(recipe, digest(recipe), media)
         try:
-            record = _check_record(entry, digest(recipe), media)
-            return _read_track(entry, record)
-        except Damaged as e:
-            self._quarantine(entry, e)
+            record = self._record_of(name, digest(recipe), media)
+            if "failed" in record:
+                raise KeyError(f"{name}: {record['failed']}")
+            return entry.read(self.at.here(name, record), record)
+        except FileNotFoundError as e:
+            raise KeyError(name) from e
+        except Damaged:
+            self.set_aside(name)
             raise
 
     def put(
@@ -130,299 +100,313 @@ class Store:
 
         Raises StoreError (disk full, no permission); then nothing is left behind.
         """
-        entry = self.entry(recipe, media)
-        with _told(f"store {entry.parent.name}", self.path):
-            if not (entry.parent / "zarr.json").exists():
-                self._replace_group(entry.parent, {"recipe": json.loads(canonical(recipe))})
-            with self._staging() as staged:
-                arrays = {
-                    name: _write_array(staged / name, array)
-                    for name, array in (("values", track.values), ("times_s", track.times_s))
-                }
-                record = {
-                    "recipe": digest(recipe),
-                    "media": media,
-                    "arrays": arrays,
-                    "provenance": {"vacli": __version__, **(provenance or {})},
-                }
-                _write_group(staged, {**record, "digest": digest(record)})
-                _sync_dir(staged)
-                if not self._place(staged, entry) and not self.has(recipe, media):
-                    self._place(staged, entry)  # what was there was broken, and has been set aside
-                _sync_dir(entry.parent)
+        values = track.values
+        with self.writing(recipe, media, len(track), values.shape[1:], values.dtype, provenance) as writer:
+            writer.append(values, track.times_s)
 
-    @staticmethod
-    def _place(staged: Path, entry: Path) -> bool:
-        """Rename into place. False if somebody was first: content-addressed, so theirs is as good as ours."""
-        try:
-            os.rename(staged, entry)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            return False
-        return True
+    @contextlib.contextmanager
+    def writing(
+        self,
+        recipe: dict[str, Any],
+        media: str,
+        rows: int,
+        row_shape: tuple[int, ...],
+        dtype: Any,
+        provenance: dict[str, Any] | None = None,
+    ) -> Iterator[Writer]:
+        """A track written batch by batch: `writer.append(values, times_s)`; stored durably when the block is left.
+
+        rows: as many as are expected; their space is set aside at once, so a full disk refuses here. An exception
+        leaves nothing behind. Raises StoreError.
+        """
+        with self._committing(recipe, media, provenance) as (staged, facts):
+            told = partial(self.at.told, f"store {track_name(recipe)}")
+            with told():
+                writer = Writer(staged, rows, tuple(row_shape), dtype, self.at.attempt, told)
+            with contextlib.closing(writer):
+                yield writer
+                with told():
+                    writer.commit(facts)
+
+    def fail(
+        self, recipe: dict[str, Any], media: str, reason: str, provenance: dict[str, Any] | None = None
+    ) -> None:
+        """A tombstone: of this medium the recipe can never make a track. A track put later takes its place."""
+        committing = self._committing(recipe, media, provenance, tombstone=True)
+        with committing as (staged, facts), self.at.told("store a tombstone"):
+            entry.write_record(staged, {**facts, "failed": reason[:2000]})
+
+    def failure(self, recipe: dict[str, Any], media: str) -> str | None:
+        """The reason on the tombstone, if there is one."""
+        return (self._find(recipe, media) or {}).get("failed")
 
     def provenance(self, recipe: dict[str, Any], media: str) -> dict[str, Any]:
-        """What was noted when the track was made. Raises Damaged if it is broken or absent."""
-        return dict(_check_record(self.entry(recipe, media), digest(recipe), media)["provenance"])
+        """What was noted when the track was made. Raises KeyError if it is absent or broken."""
+        record = self._find(recipe, media)
+        if record is None:
+            raise KeyError(_entry_name(recipe, digest(recipe), media))
+        return dict(record["provenance"])
 
-    def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every entry with all checksums; yields (entry, None or what is wrong). Changes nothing."""
-        for entry in self.entries():
-            name = f"{entry.parent.name}/{entry.name}"
-            try:
-                record = _check_record(entry, None, None)
-                _read_track(entry, record)
-                yield name, None
-            except Damaged as e:
-                yield name, str(e)
+    # ---- entries, by name ----------------------------------------------------------------------------------
 
-    def entries(self) -> list[Path]:
-        """The folders of all entries, sorted."""
-        return sorted(e for g in self.path.glob("*@*") if g.is_dir() for e in g.iterdir() if e.is_dir())
+    def entry_of(self, recipe: dict[str, Any], media: str) -> str:
+        """`<track>@<recipe16>/<media24>`: the name under which the track is, or would be, kept."""
+        return _entry_name(recipe, digest(recipe), media)
+
+    def folders(self) -> list[str]:
+        """`<track>@<recipe16>` of every recipe that has been written, sorted."""
+        return sorted(n for n in self.at.folders("") if names.FOLDER.fullmatch(n))
+
+    def entries(self) -> list[str]:
+        """The names of all entries, tombstones included, sorted."""
+        return [
+            f"{f}/{m}" for f in self.folders() for m in sorted(self.at.folders(f)) if entry.NAME.fullmatch(m)
+        ]
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The checked commit record of an entry. Raises KeyError if there is none, Damaged if it is broken."""
+        try:
+            return self.at.record(name)
+        except FileNotFoundError as e:
+            raise KeyError(name) from e
+
+    def read(self, name: str) -> Track:
+        """The track of an entry, as `get`. Raises KeyError (also for a tombstone), Damaged."""
+        record = self.record(name)
+        if "failed" in record:
+            raise KeyError(f"{name}: {record['failed']}")
+        return entry.read(self.at.here(name, record), record)
 
     def recipe_of(self, folder: str) -> dict[str, Any]:
-        """The whole recipe behind `<track>@<recipe16>`."""
+        """The whole recipe behind `<track>@<recipe16>`. Raises Damaged."""
         try:
-            return _read_json(self.path / folder / "zarr.json", limit=_JSON_LIMIT)["attributes"]["vacli"][
-                "recipe"
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise Damaged(f"{self.path / folder}: its recipe cannot be read; extract again") from e
+            recipe = entry.parse_group(self.at.load(f"{folder}/zarr.json", entry.JSON_LIMIT))["recipe"]
+            if folder_name(recipe) != folder:
+                raise ValueError("it is another one")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise Damaged(f"{self}/{folder}: its recipe cannot be read ({e}); extract again") from e
+        return recipe
+
+    def verify(self, wanted: list[str] | None = None) -> Iterator[tuple[str, int, str | None]]:
+        """Read entries with all checksums: (entry, bytes read, None or what is wrong). Changes nothing.
+
+        wanted: their names; by default all, and what is wrong with recipes and names as well.
+        """
+        if wanted is None:
+            yield from self._what_is_wrong_beside()
+        for name in self.entries() if wanted is None else wanted:
+            try:
+                record = self.at.record(name)
+                if "failed" not in record:
+                    entry.read(self.at.here(name, record), record, everything=True)
+                yield name, entry.nbytes_of(record), None
+            except (Damaged, Unreadable) as e:
+                yield name, 0, str(e)
+            except FileNotFoundError:  # removed since it was listed
+                continue
+
+    def _what_is_wrong_beside(self) -> Iterator[tuple[str, int, str]]:
+        """Recipes and names that cannot be read; the tracks are whole without them."""
+        for folder in self.folders():
+            try:
+                self.recipe_of(folder)
+            except Damaged as e:
+                yield f"{folder}/zarr.json", 0, str(e)
+        for folder in self.at.folders("videos"):
+            try:
+                self._named(folder)
+            except StoreError as e:
+                yield f"videos/{folder}", 0, str(e)
+
+    def set_aside(self, name: str) -> None:
+        """Move a broken entry to .quarantine: absent from now on, not lost. What cannot be moved stays broken."""
+        with contextlib.suppress(OSError):
+            self.at.move(name, ".quarantine")
+
+    def drop(self, name: str) -> None:
+        """Remove a whole entry, or everything of one recipe; a reader that has it mapped keeps what it sees."""
+        with self.at.told(f"remove {name}"):
+            gone = self.at.move(name, ".trash")
+            if gone:
+                disk.remove(gone)
 
     # ---- names ---------------------------------------------------------------------------------------------
 
-    def link(self, video_id: str, facts: dict[str, Any], tracks: dict[str, dict[str, str]]) -> None:
+    def link(self, video_id: str, facts: dict[str, Any], tracks: dict[str, dict[str, Any]]) -> None:
         """Say what people call things: video `video_id` has these tracks.
 
         facts: "root", "media", "split". tracks: name -> {"folder": `<track>@<recipe16>`, "media": digest}.
         A name that was there points to the new track from now on; the old track stays in the store. An id
-        stands for one medium only: another file of the same id from another root is refused (StoreError).
+        stands for one medium only: another file of the same id from another root is refused (StoreError). A
+        medium of None is an id known by imported tracks only; an extraction of the video adopts it.
+        Raises ValueError for an id that is not plain (names.plain_id).
         """
-        with _told("write the list of videos", self.path), self._locked():
-            videos = self._attributes("videos")
-            old = videos.get(video_id)
-            new = {**facts, "tracks": dict(tracks)}
-            if old and old["media"] == facts["media"]:
-                new["tracks"] = {**old["tracks"], **tracks}
-                # seen from another folder, it stays where it was
-                new["split"] = facts["split"] or old["split"]
-            elif old and old["root"] != facts["root"]:
-                raise StoreError(
-                    f"{facts['root']} has a video {video_id!r}, and {self.path} knows another one of that name "
-                    f"from {old['root']}: use another --store"
-                )
-            if new != old:
-                videos[video_id] = new
-                self._replace_group(self.path / "videos", videos)
+        if names.plain_id(video_id) != video_id:
+            raise ValueError(
+                f"the id {video_id!r} is not plain; wanted one such as {names.plain_id(video_id)!r}"
+            )
+        names.check_facts({**facts, "tracks": tracks})
+        folder = names.folder_of(video_id)
+        with self.at.told("write the names of the video"), self.at.locked("videos"):
+            for _ in range(5):  # without locks somebody may write between our look and our writing
+                _, old = self._named(folder) or (None, None)
+                try:
+                    new = names.merge(old, facts, tracks)
+                except names.Taken as e:
+                    raise StoreError(
+                        f"{facts['root']} has a video {video_id!r}, and {self} knows another one of that name "
+                        f"from {e}: use another --store"
+                    ) from e
+                if new == old:
+                    return
+                self.at.save(f"videos/{folder}/zarr.json", entry.group_json({"id": video_id, **new}))
+                if self.at.locks:
+                    return
+
+    def unlink(self, video_id: str, tracks: list[str] | None = None) -> None:
+        """Forget the names of a video, or some of its tracks; the tracks themselves stay."""
+        folder = names.folder_of(video_id)
+        with self.at.told("write the names of the video"), self.at.locked("videos"):
+            known = self._named(folder)
+            if known is None:
+                return
+            left = {n: t for n, t in known[1]["tracks"].items() if tracks and n not in tracks}
+            if left:
+                facts = {"id": video_id, **known[1], "tracks": left}
+                self.at.save(f"videos/{folder}/zarr.json", entry.group_json(facts))
+            else:
+                self.drop(f"videos/{folder}")
 
     def videos(self) -> dict[str, dict[str, Any]]:
-        """id -> {"root", "split", "media", "tracks": {name: {"folder", "media"}}}, as last linked."""
-        return dict(sorted(self._attributes("videos").items()))
+        """id -> {"root", "split", "media", "tracks": {name: {"folder", "media"}}}, as last linked, sorted by id."""
+        found = dict(self._old_names())
+        found.update(known for folder in self.at.folders("videos") if (known := self._named(folder)))
+        return dict(sorted(found.items()))
+
+    def _named(self, folder: str) -> tuple[str, dict[str, Any]] | None:
+        """(id, facts) that lie in `videos/<folder>`."""
+        path = f"videos/{folder}/zarr.json"
+        try:
+            return names.checked(folder, entry.parse_group(self.at.load(path, _NAMES_LIMIT)))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise StoreError(
+                f"{self}/{path} cannot be read ({e}): `vacli store verify --repair`, then extract again; "
+                "features are kept"
+            ) from e
+
+    def _old_names(self) -> dict[str, dict[str, Any]]:
+        """The names as a store of format 1 has them: all in one file."""
+        if self._format > 1:
+            return {}
+        try:
+            known = entry.parse_group(self.at.load("videos/zarr.json", _MEMO_LIMIT))
+            return {names.plain_id(v): names.check_facts(facts) for v, facts in known.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise StoreError(
+                f"{self}/videos/zarr.json cannot be read ({e}): remove it and run `vacli extract` again, "
+                "features are kept"
+            ) from e
+
+    def _upgrade(self) -> None:
+        """From format 1, when the store is next opened for writing. Stopped half-way it is still of format 1."""
+        if self._format == 1:
+            for video_id, facts in self._old_names().items():
+                path = f"videos/{names.folder_of(video_id)}/zarr.json"
+                self.at.save(path, entry.group_json({"id": video_id, **facts}))
+            self.at.save("zarr.json", entry.group_json({"store_format": FORMAT}))
+            self._format = FORMAT
+            self.at.save("videos/zarr.json", entry.group_json({}))
 
     def remember_fingerprints(self) -> None:
         """Keep the media digests worked out so far, so that the next run hashes nothing twice."""
         if self.fingerprints.changed:
-            with _told("remember media digests", self.path):
-                self._replace_group(self.path / "fingerprints", self.fingerprints.memo)
+            with self.at.told("remember media digests"):
+                memo = {**self._memo(), **self.fingerprints.memo}
+                self.at.save_here("fingerprints/zarr.json", entry.group_json(memo))
             self.fingerprints.changed = False
+
+    def _memo(self) -> dict[str, str]:
+        with contextlib.suppress(OSError, ValueError):  # it can be worked out again
+            text = disk.read_small(self.path / "fingerprints" / "zarr.json", _MEMO_LIMIT)
+            return {k: v for k, v in entry.parse_group(text).items() if isinstance(v, str)}
+        return {}
 
     # ---- below the surface ---------------------------------------------------------------------------------
 
-    def _attributes(self, group: str) -> dict[str, Any]:
-        path = self.path / group / "zarr.json"
-        if not path.exists():
-            return {}
+    def _check_format(self) -> int:
         try:
-            return dict(_read_json(path)["attributes"]["vacli"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            found = entry.parse_group(self.at.load("zarr.json", entry.JSON_LIMIT))["store_format"]
+            if type(found) is not int or found < 1:
+                raise ValueError(f"store_format is {found!r:.40}")
+        except (OSError, ValueError, KeyError) as e:
             raise StoreError(
-                f"{path} cannot be read ({e}): remove it and run `vacli extract` again, features are kept"
+                f"{self} is not a vacli store (no zarr.json with a vacli store_format); "
+                "give another place with --store"
             ) from e
+        if found > FORMAT:
+            raise StoreError(
+                f"{self} has store format {found}, this vacli {__version__} reads up to {FORMAT}: update vacli"
+            )
+        return found
 
-    def _replace_group(self, group: Path, attributes: dict[str, Any]) -> None:
-        """Write a group's attributes durably, all at once: a reader sees the old ones or the new ones."""
-        with self._staging() as staged:
-            _write_group(staged, attributes)
-            group.mkdir(exist_ok=True)
-            os.rename(staged / "zarr.json", group / "zarr.json")
-            _sync_dir(group)
-            _sync_dir(group.parent)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.path / "zarr.json", "rb") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """A fresh folder, locked while we live: a sweep by another process leaves it alone."""
-        staged = self.path / ".staging" / uuid.uuid4().hex
+    def _find(self, recipe: dict[str, Any], media: str) -> dict[str, Any] | None:
+        """The record under a key, None if there is none; a broken one is set aside and there is none."""
+        key = digest(recipe)
+        name = _entry_name(recipe, key, media)
         try:
-            staged.mkdir()
-            with _open_folder(staged) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield staged
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)  # gone already when it was renamed into place
+            record = self._record_of(name, key, media)
+            self._heal(name.partition("/")[0], recipe)
+            return record
+        except FileNotFoundError:
+            return None
+        except Damaged:
+            self.set_aside(name)
+            return None
 
-    def _sweep_staging(self) -> None:
-        """Remove what killed writers left: folders a minute old that no living writer holds locked."""
-        for staged in (self.path / ".staging").glob("*/"):
-            with contextlib.suppress(OSError), _open_folder(staged) as lock:
-                if time.time() - os.fstat(lock).st_mtime > 60:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(staged, ignore_errors=True)
-
-    def _quarantine(self, entry: Path, why: Damaged) -> None:
-        with _told("set a damaged track aside", self.path):
-            aside = self.path / ".quarantine" / f"{entry.parent.name}.{entry.name}.{uuid.uuid4().hex[:8]}"
-            if not aside.parent.exists():
-                self._replace_group(aside.parent, {})
-            with contextlib.suppress(FileNotFoundError):  # somebody else set it aside
-                os.rename(entry, aside)
-
-
-# ---- files ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _told(doing: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        mend = (
-            "free some space"
-            if e.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "check the folder, or use another --store"
-        )
-        raise StoreError(
-            f"cannot {doing} in {path}: {e.strerror}; {mend} and run again: what is stored is kept"
-        ) from e
-
-
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    """A Zarr v3 group whose attributes are ours."""
-    body = {"zarr_format": 3, "node_type": "group", "attributes": {"vacli": attributes}}
-    _write_file(folder / "zarr.json", json.dumps(body, indent=1, allow_nan=False).encode())
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "xb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def _open_folder(folder: Path) -> Iterator[int]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _sync_dir(folder: Path) -> None:
-    with _open_folder(folder) as fd:
-        os.fsync(fd)
-
-
-def _write_array(folder: Path, array: np.ndarray) -> dict[str, Any]:
-    """One Zarr v3 array in one raw chunk (bytes little-endian + crc32c); returns what the record says of it."""
-    folder.mkdir()
-    name = array.dtype.name
-    raw = np.ascontiguousarray(array, dtype=_DTYPES[name]).view(np.uint8).reshape(-1)
-    raw.flags.writeable = False
-    crc = google_crc32c.value(raw)
-    if raw.size:
-        with open(folder / _chunk_name(array.ndim), "xb") as f:
-            os.posix_fallocate(f.fileno(), 0, raw.size + 4)  # a full disk refuses here, before the first byte
-            f.write(raw.data)
-            f.write(crc.to_bytes(4, "little"))
-            f.flush()
-            os.fsync(f.fileno())
-    metadata = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(array.shape),
-        "data_type": name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, n) for n in array.shape]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN",
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "attributes": {},
-    }
-    _write_file(folder / "zarr.json", json.dumps(metadata, indent=1).encode())
-    _sync_dir(folder)
-    sha256 = hashlib.sha256(raw.data).hexdigest()
-    return {"shape": list(array.shape), "dtype": name, "crc32c": crc, "sha256": sha256}
-
-
-def _chunk_name(ndim: int) -> str:
-    return ".".join(["c", *["0"] * ndim])
-
-
-def _read_json(path: Path, limit: int | None = None) -> dict[str, Any]:
-    with open(path, "rb") as f:
-        text = f.read() if limit is None else f.read(limit + 1)
-    if limit is not None and len(text) > limit:
-        raise ValueError(f"more than {limit} bytes of JSON")
-    try:
-        return json.loads(text)
-    except RecursionError as e:  # 200,000 nested brackets
-        raise ValueError("JSON nested too deep") from e
-
-
-def _check_record(entry: Path, recipe_digest: str | None, media: str | None) -> dict[str, Any]:
-    """The entry's record if it is its own, for this key, and the files have the sizes it says; else Damaged."""
-    where = f"{entry.parent.name}/{entry.name}"
-    try:
-        record = _read_json(entry / "zarr.json", limit=_JSON_LIMIT)["attributes"]["vacli"]
-        own = record.pop("digest")
-        if own != digest(record):
-            raise ValueError("its record has been changed")
-        folder = f"@{record['recipe'][:16]}"
-        if not entry.parent.name.endswith(folder) or entry.name != record["media"][:24]:
-            raise ValueError("its record belongs to another track")
-        if recipe_digest not in (None, record["recipe"]) or media not in (None, record["media"]):
-            raise ValueError("its record belongs to another key")
-        for name in ("values", "times_s"):
-            shape, dtype = _declared(record, name)
-            nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            chunk = entry / name / _chunk_name(len(shape))
-            if nbytes and (chunk.is_symlink() or not chunk.is_file() or chunk.stat().st_size != nbytes + 4):
-                raise ValueError(f"{name} is not the {nbytes + 4} bytes its record says")
+    def _record_of(self, name: str, key: str, media: str) -> dict[str, Any]:
+        record = self.at.record(name)
+        if (record["recipe"], record["media"]) != (key, media):  # the same first digits
+            raise entry.damaged(self.path / name, "its record belongs to another key")
         return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Damaged(f"damaged track {where}: {e}; run `vacli extract` again to make it anew") from e
+
+    @contextlib.contextmanager
+    def _committing(
+        self, recipe: dict[str, Any], media: str, provenance: dict[str, Any] | None, tombstone: bool = False
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A folder aside to make an entry in, and the facts for its record; committed when the block is left."""
+        key = digest(recipe)
+        name = _entry_name(recipe, key, media)
+        folder = name.partition("/")[0]
+        notes = dict(provenance or {})
+        if "vacli" not in notes:  # an imported one keeps its own
+            notes = {"vacli": __version__, **notes}
+        with contextlib.ExitStack() as stack:
+            with self.at.told(f"store {folder}"):
+                self._write_recipe(folder, recipe)
+                staged = stack.enter_context(self.at.staging())
+            yield staged, {"recipe": key, "media": media, "provenance": notes}
+            with self.at.told(f"store {folder}"):
+                self.at.commit(staged, name, tombstone)
+
+    def _heal(self, folder: str, recipe: dict[str, Any]) -> None:
+        """Its readable recipe may have been damaged since; whoever asks for a track by its recipe has it in hand."""
+        if folder not in self._recipes_right:
+            with contextlib.suppress(OSError):  # a store that cannot be written
+                self._write_recipe(folder, recipe)
+
+    def _write_recipe(self, folder: str, recipe: dict[str, Any]) -> None:
+        try:
+            self.recipe_of(folder)
+        except Damaged:  # not there yet, or broken
+            readable = json.loads(canonical(recipe))
+            self.at.save(f"{folder}/zarr.json", entry.group_json({"recipe": readable}))
+        self._recipes_right.add(folder)
 
 
-def _declared(record: dict[str, Any], name: str) -> tuple[tuple[int, ...], np.dtype]:
-    shape = tuple(record["arrays"][name]["shape"])
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"{name} has shape {shape}")
-    return shape, _DTYPES[record["arrays"][name]["dtype"]]
-
-
-def _read_track(entry: Path, record: dict[str, Any]) -> Track:
-    try:
-        arrays = {name: _read_array(entry / name, record, name) for name in ("values", "times_s")}
-        return Track(**arrays)
-    except (OSError, ValueError) as e:
-        raise Damaged(
-            f"damaged track {entry.parent.name}/{entry.name}: {e}; run `vacli extract` again to make it anew"
-        ) from e
-
-
-def _read_array(folder: Path, record: dict[str, Any], name: str) -> np.ndarray:
-    shape, dtype = _declared(record, name)
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    raw = np.fromfile(folder / _chunk_name(len(shape)), dtype=np.uint8)
-    raw.flags.writeable = False
-    crc = google_crc32c.value(raw[:-4])
-    if crc != int.from_bytes(raw[-4:].tobytes(), "little") or crc != record["arrays"][name]["crc32c"]:
-        raise ValueError(f"the checksum of {name} is wrong")
-    return raw[:-4].view(dtype).reshape(shape)
+def _entry_name(recipe: dict[str, Any], key: str, media: str) -> str:
+    """The name of an entry, of a recipe's digest known already (working it out is half the cost of `has`)."""
+    return f"{track_name(recipe)}@{key[:16]}/{media[:24]}"

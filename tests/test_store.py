@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from vacli.store import Damaged, Store, StoreError, Track, folder_name
+from vacli import VacliError
+from vacli.store import Damaged, Store, StoreError, Track, disk, entry, folder_name
 
 RECIPE = {"track": "mae", "version": 1}
 MEDIA = "ab" * 32
+PLACE = {"folder": folder_name(RECIPE), "media": MEDIA}
 
 
 def track(rows: int = 50, dim: int = 8, seed: int = 0) -> Track:
@@ -66,7 +64,7 @@ def test_the_first_complete_one_stays(store):
 def test_plain_zarr_opens_every_array(store):
     store.put(RECIPE, MEDIA, track())
     store.put(RECIPE, "cd" * 32, track(0))
-    store.link("v", {"root": "/r", "media": MEDIA, "split": None}, {"mae": {"folder": "x", "media": MEDIA}})
+    store.link("v", {"root": "/r", "media": MEDIA, "split": None}, {"mae": PLACE})
     root = zarr.open_group(store.path, mode="r")
     entry = f"{folder_name(RECIPE)}/{MEDIA[:24]}"
     np.testing.assert_array_equal(root[f"{entry}/values"][:], track().values)
@@ -76,8 +74,12 @@ def test_plain_zarr_opens_every_array(store):
     assert dict(root[folder_name(RECIPE)].attrs)["vacli"]["recipe"] == RECIPE
 
 
+def folder(store: Store, media: str = MEDIA) -> Path:
+    return store.path / store.entry_of(RECIPE, media)
+
+
 def chunk(store: Store, name: str = "values"):
-    return next((store.entry(RECIPE, MEDIA) / name).glob("c.*"))
+    return next((folder(store) / name).glob("c.*"))
 
 
 def flip(path, at: int) -> None:
@@ -100,7 +102,7 @@ def test_a_flipped_bit_is_an_error_and_then_absent(store, name, at):
 
 def test_any_flipped_bit_of_the_record_is_seen(store):
     store.put(RECIPE, MEDIA, track(3))
-    record = store.entry(RECIPE, MEDIA) / "zarr.json"
+    record = folder(store) / "zarr.json"
     whole = record.read_bytes()
     blanks = {i for i, b in enumerate(whole) if chr(b).isspace()}
     for at in range(0, len(whole), 7):
@@ -115,7 +117,7 @@ def test_any_flipped_bit_of_the_record_is_seen(store):
             found = None
         if found == json.loads(whole)["attributes"]["vacli"]:
             continue  # the bit lay outside our part
-        [(_, what)] = list(store.verify())
+        [(_, _, what)] = list(store.verify())
         assert what is not None, f"bit {at} went unseen"
 
 
@@ -132,7 +134,7 @@ def test_two_entries_swapped_are_seen(store):
     other = "cd" * 32
     store.put(RECIPE, MEDIA, track(seed=0))
     store.put(RECIPE, other, track(seed=1))
-    a, b = store.entry(RECIPE, MEDIA), store.entry(RECIPE, other)
+    a, b = folder(store), folder(store, other)
     a.rename(a.with_name("t"))
     b.rename(a)
     a.with_name("t").rename(b)
@@ -153,98 +155,9 @@ def test_verify_names_the_damaged_and_changes_nothing(store):
     store.put(RECIPE, MEDIA, track())
     store.put(RECIPE, "cd" * 32, track())
     flip(chunk(store), 40)
-    found = dict(store.verify())
-    assert sorted(what is not None for what in found.values()) == [False, True]
-    assert dict(store.verify()) == found
-
-
-def _snapshot(store: Store) -> list[str]:
-    return sorted(str(p.relative_to(store.path)) for p in store.path.rglob("*"))
-
-
-class FailingDisk:
-    """The n-th call of one file-system function fails as on a full disk."""
-
-    def __init__(self, monkeypatch, name: str) -> None:
-        self.real, self.fail_at, self.calls = getattr(os, name), -1, 0
-        monkeypatch.setattr(os, name, self)
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        if self.calls - 1 == self.fail_at:
-            raise OSError(28, "No space left on device")
-        return self.real(*args, **kwargs)
-
-
-@pytest.mark.parametrize("call", ["posix_fallocate", "fsync", "rename", "open"])
-def test_a_failing_disk_leaves_nothing_and_says_so(store, monkeypatch, call):
-    other = "cd" * 32
-    store.put(RECIPE, MEDIA, track())
-    before = _snapshot(store)
-    disk = FailingDisk(monkeypatch, call)
-    for disk.fail_at in range(30):
-        disk.calls = 0
-        try:
-            store.put(RECIPE, other, track())
-        except StoreError as e:
-            told = str(e)
-        else:
-            break  # it makes fewer calls than that
-        assert re.search("No space left.*free some space", told)
-        if not store.entry(RECIPE, other).exists():  # the last fsync fails after the rename: then it is whole
-            assert _snapshot(store) == before
-    assert disk.fail_at > 0
-    assert same(store.get(RECIPE, MEDIA), track())
-    assert same(store.get(RECIPE, other), track())
-
-
-WRITER = """
-import hashlib, sys, numpy as np
-from vacli.store import Store, Track
-store = Store(sys.argv[1], create=True)
-seed = int(sys.argv[2])
-print("ready", flush=True)
-for i in range(100_000):
-    media = hashlib.sha256(f"{seed} {i}".encode()).hexdigest()
-    store.put({"track": "mae", "version": 1}, media, Track(np.full((200, 64), i % 1000, np.float16), np.arange(200.0)))
-    print(media, i, flush=True)
-"""
-
-
-def _kill_a_writer(path, seed: int, after_s: float) -> list[tuple[str, int]]:
-    """Media, with their numbers, that were acknowledged before the kill."""
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), str(seed)], stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "ready\n"
-    time.sleep(after_s)
-    writer.send_signal(signal.SIGKILL)
-    *acknowledged, _torn = writer.stdout.read().split("\n")
-    writer.wait()
-    writer.stdout.close()
-    return [(line.split()[0], int(line.split()[1])) for line in acknowledged]
-
-
-def _check_after_kills(path, kills: int) -> None:
-    rng = np.random.default_rng(0)
-    acknowledged: list[tuple[str, int]] = []
-    for seed in range(kills):
-        acknowledged += _kill_a_writer(path, seed, rng.uniform(0, 0.3))
-    store = Store(path)
-    assert all(what is None for _, what in store.verify())
-    for media, number in acknowledged:
-        assert (store.get(RECIPE, media).values == number % 1000).all()
-    assert len(acknowledged) > kills
-
-
-def test_kill_9_loses_nothing_acknowledged_and_leaves_nothing_half_written(tmp_path):
-    _check_after_kills(tmp_path / "s.zarr", 10)
-
-
-@pytest.mark.slow
-def test_kill_9_two_hundred_times(tmp_path):
-    _check_after_kills(tmp_path / "s.zarr", 200)
+    found = list(store.verify())
+    assert sorted(what is not None for *_, what in found) == [False, True]
+    assert list(store.verify()) == found
 
 
 def test_what_a_killed_writer_left_is_swept(store):
@@ -258,37 +171,14 @@ def test_what_a_killed_writer_left_is_swept(store):
     assert not left.exists()
 
 
-RACER = """
-import hashlib, sys, numpy as np
-from vacli.store import Store, Track
-store = Store(sys.argv[1], create=True)
-for i in range(40):
-    media = hashlib.sha256(str(i).encode()).hexdigest()
-    store.put({"track": "mae", "version": 1}, media, Track(np.full((50, 8), i, np.float16), np.arange(50.0)))
-    store.link(f"v{i}", {"root": "/r", "media": media, "split": None}, {sys.argv[2]: {"folder": "f", "media": "m"}})
-"""
-
-
-def test_writers_of_the_same_tracks_do_not_mix(tmp_path):
-    path = tmp_path / "s.zarr"
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(path), f"t{n}"]) for n in range(3)]
-    assert [r.wait() for r in racers] == [0, 0, 0]
-    store = Store(path)
-    assert len(store.entries()) == 40
-    for i in range(40):
-        assert (store.get(RECIPE, hashlib.sha256(str(i).encode()).hexdigest()).values == i).all()
-    assert all(set(facts["tracks"]) == {"t0", "t1", "t2"} for facts in store.videos().values())
-
-
 def test_names_are_linked_relinked_and_never_shared(store):
     facts = {"root": "/data/a", "media": MEDIA, "split": "train"}
-    store.link("v", facts, {"mae": {"folder": "f1", "media": MEDIA}})
-    store.link("v", facts, {"logmel": {"folder": "f2", "media": MEDIA}})
+    store.link("v", facts, {"mae": PLACE})
+    store.link("v", facts, {"logmel": PLACE})
     assert set(store.videos()["v"]["tracks"]) == {"mae", "logmel"}
-    store.link("v", {**facts, "media": "cd" * 32}, {"mae": {"folder": "f1", "media": "cd" * 32}})
-    assert set(store.videos()["v"]["tracks"]) == {
-        "mae"
-    }  # another file: what was made of the old one is not its
+    store.link("v", {**facts, "media": "cd" * 32}, {"mae": PLACE})
+    # another file: what was made of the old one is not its
+    assert set(store.videos()["v"]["tracks"]) == {"mae"}
     with pytest.raises(StoreError, match="another one of that name"):
         store.link("v", {"root": "/data/b", "media": "ef" * 32, "split": None}, {})
 
@@ -312,7 +202,7 @@ def test_what_is_no_store_of_ours_is_refused_untouched(tmp_path, kind):
     elif kind == "newer":
         Store(path, create=True)
         (path / "zarr.json").write_text(
-            (path / "zarr.json").read_text().replace('"store_format": 1', '"store_format": 9')
+            (path / "zarr.json").read_text().replace('"store_format": 2', '"store_format": 9')
         )
     elif kind == "torn":
         Store(path, create=True)
@@ -325,9 +215,135 @@ def test_what_is_no_store_of_ours_is_refused_untouched(tmp_path, kind):
 
 def test_a_shape_that_lies_takes_no_memory(store):
     store.put(RECIPE, MEDIA, track())
-    record = store.entry(RECIPE, MEDIA) / "zarr.json"
+    record = folder(store) / "zarr.json"
     record.write_text(record.read_text().replace("50", str(10**13)))
     assert not store.has(RECIPE, MEDIA)
+
+
+def test_imported_tracks_and_the_video_come_together_in_either_order(store):
+    imported, video = (
+        {"root": "/csv", "media": None, "split": None},
+        {"root": "/data", "media": MEDIA, "split": "train"},
+    )
+    for name, order in {"a": (imported, video), "b": (video, imported)}.items():
+        store.link(name, order[0], {"one": PLACE})
+        store.link(name, order[1], {"two": PLACE})
+        assert store.videos()[name] == {**video, "tracks": {"one": PLACE, "two": PLACE}}
+
+
+def test_unlinking_forgets_names_and_keeps_tracks(store):
+    store.put(RECIPE, MEDIA, track())
+    store.link("v", {"root": "/r", "media": MEDIA, "split": None}, {"one": PLACE, "two": PLACE})
+    store.unlink("v", ["one"])
+    assert set(store.videos()["v"]["tracks"]) == {"two"}
+    store.unlink("v")
+    assert store.videos() == {}
+    assert store.has(RECIPE, MEDIA)
+
+
+def test_batches_written_one_by_one_are_one_track(store):
+    whole = track(50)
+    with store.writing(RECIPE, MEDIA, 60, (8,), np.float16) as writer:
+        for start in range(0, 50, 7):
+            writer.append(whole.values[start : start + 7], whole.times_s[start : start + 7])
+        assert not store.has(RECIPE, MEDIA)
+    assert same(store.get(RECIPE, MEDIA), whole)
+    assert all(what is None for *_, what in store.verify())
+
+
+@pytest.mark.parametrize("wrong", ["infinite", "too large", "partly missing", "earlier", "wider"])
+def test_a_batch_that_is_no_track_is_refused_and_nothing_is_left(store, wrong):
+    good, bad, at = np.zeros((3, 8), np.float32), np.zeros((3, 8), np.float32), np.arange(3.0) + 3
+    if wrong == "infinite":
+        bad[1, 1] = np.inf
+    elif wrong == "too large":
+        bad[1, 1] = 1e6  # beyond float16
+    elif wrong == "partly missing":
+        bad[1, 1] = np.nan
+    elif wrong == "earlier":
+        at = at - 1
+    else:
+        bad = np.zeros((3, 9), np.float32)
+    batches = [(good, np.arange(3.0)), (bad, at)]
+
+    def write() -> None:
+        with store.writing(RECIPE, MEDIA, 6, (8,), np.float16) as writer:
+            for batch in batches:
+                writer.append(*batch)
+
+    with pytest.raises(ValueError, match=r"infinity|partly NaN|increasing|rows must be"):
+        write()
+    assert not store.has(RECIPE, MEDIA)
+    assert not list((store.path / ".staging").glob("*/"))
+
+
+def test_an_error_of_the_writers_caller_is_not_told_as_the_stores(store):
+    with pytest.raises(OSError, match="camera"), store.writing(RECIPE, MEDIA, 6, (8,), np.float16):
+        raise OSError(5, "the camera is gone")
+
+
+def test_a_tombstone_is_no_track_and_gives_way_to_one(store):
+    store.fail(RECIPE, MEDIA, "no video in it")
+    assert not store.has(RECIPE, MEDIA)
+    assert store.failure(RECIPE, MEDIA) == "no video in it"
+    with pytest.raises(KeyError, match="no video"):
+        store.get(RECIPE, MEDIA)
+    assert [what for *_, what in store.verify()] == [None]
+    store.put(RECIPE, MEDIA, track())
+    assert store.failure(RECIPE, MEDIA) is None
+    store.fail(RECIPE, MEDIA, "too late")
+    assert same(store.get(RECIPE, MEDIA), track())
+
+
+def test_reading_maps_the_chunk_and_changes_nothing(store):
+    store.put(RECIPE, MEDIA, track(5000, 64))
+    got = store.get(RECIPE, MEDIA)
+    assert not got.values.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        got.values[0] = 0
+    store.drop(store.entry_of(RECIPE, MEDIA))  # what is mapped stays
+    assert same(got, track(5000, 64))
+    assert not store.has(RECIPE, MEDIA)
+
+
+def test_a_checksum_is_worked_out_once_until_the_file_changes(store, monkeypatch):
+    store.put(RECIPE, MEDIA, track())
+    worked_out = []
+    real = entry.google_crc32c.value
+    monkeypatch.setattr(entry.google_crc32c, "value", lambda raw: worked_out.append(len(raw)) or real(raw))
+    for _ in range(3):
+        store.get(RECIPE, MEDIA)
+    assert len(worked_out) == 2  # values, times_s
+    flip(chunk(store), 40)
+    with pytest.raises(Damaged, match="checksum"):
+        store.get(RECIPE, MEDIA)
+
+
+@pytest.mark.parametrize("refused", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_what_the_machine_refuses_for_now_is_not_taken_for_damage(store, monkeypatch, refused):
+    store.put(RECIPE, MEDIA, track())
+
+    def opens(path, limit):
+        raise OSError(refused, os.strerror(refused), str(path))
+
+    with monkeypatch.context() as m:
+        m.setattr(disk, "read_small", opens)
+        for look in (store.has, store.get):
+            with pytest.raises(VacliError, match=os.strerror(refused)):
+                look(RECIPE, MEDIA)
+    assert same(store.get(RECIPE, MEDIA), track())
+
+
+def test_a_recipe_that_is_not_the_folders_is_seen_and_healed(store):
+    store.put(RECIPE, MEDIA, track())
+    group = store.path / folder_name(RECIPE) / "zarr.json"
+    group.write_text(group.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(Damaged, match="another one"):
+        store.recipe_of(folder_name(RECIPE))
+    assert [what is None for *_, what in store.verify()] == [False, True]
+    assert Store(store.path).has(RECIPE, MEDIA)  # the track is whole, and whoever asks for it knows its recipe
+    assert store.recipe_of(folder_name(RECIPE)) == RECIPE
+    assert [what for *_, what in store.verify()] == [None]
 
 
 def test_a_second_opening_remembers_fingerprints(store, tmp_path):

@@ -480,9 +480,9 @@ def test_a_missing_feature_is_named_with_the_mend(store, run, tmp_path):
     shutil.copytree(store.path, tmp_path / "s.zarr")
     copy = Store(tmp_path / "s.zarr")
     media = run.about["validation"]["v07"]["logmel"]
-    shutil.rmtree(copy.entry(recipe("logmel"), media))
+    copy.drop(copy.entry_of(recipe("logmel"), media))
     with pytest.raises(VacliError, match=r"lacks logmel of v07.*vacli extract"):
         evaluate(run, copy)
     for number in range(9):
-        shutil.rmtree(copy.entry(recipe("mae"), f"{number:02}" * 32))
+        copy.drop(copy.entry_of(recipe("mae"), f"{number:02}" * 32))
     assert "vacli extract" in refusal(copy, tiny("mamba"), tmp_path)

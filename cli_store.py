@@ -1,0 +1,218 @@
+"""The commands `vacli store ...`: each is its options and one call; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import VacliError
+
+if TYPE_CHECKING:
+    from .store.hdf5_import import Figures
+
+STORE = click.option(
+    "--store", default="features.zarr", show_default=True, help="The feature store: a folder, or s3://..."
+)
+_YES = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@click.group()
+def store() -> None:
+    """Look at a feature store, look after it, share it."""
+
+
+@store.command("ls")
+@STORE
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def store_ls(store: str, as_json: bool) -> None:
+    """Every video with the rows of its tracks, then every recipe with its size."""
+    import json
+
+    from .store import Store
+    from .store.show import listing, table
+
+    videos = listing(Store(store))
+    click.echo(json.dumps(videos, indent=1) if as_json else "\n".join(table(videos)))
+
+
+@store.command("show")
+@click.argument("video")
+@STORE
+def store_show(video: str, store: str) -> None:
+    """Every track of VIDEO: its times, valid rows, values and recipe, and a small plot."""
+    from .store import Store
+    from .store.show import show
+
+    click.echo("\n".join(show(Store(store), video)))
+
+
+@store.command("verify")
+@STORE
+@click.option(
+    "--repair", is_flag=True, help="Set the damaged ones aside, so that the next extraction redoes them."
+)
+def store_verify(store: str, repair: bool) -> None:
+    """Read every track with its checksums; names the damaged ones."""
+    from tqdm import tqdm
+
+    from .store import Store
+    from .store.show import size_text
+
+    opened = Store(store, create=repair)
+    count, nbytes, damaged = len(opened.entries()), 0, []
+    calm = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=count, desc="verify", unit="track", mininterval=calm, dynamic_ncols=True) as bar:
+        for name, size, what in opened.verify():
+            bar.update()
+            nbytes += size
+            bar.set_postfix_str(size_text(nbytes), refresh=False)
+            if what:
+                damaged.append(name)
+                bar.write(what, file=sys.stderr)
+    click.echo(f"{count} tracks read, {size_text(nbytes)}, {len(damaged)} damaged")
+    if repair and damaged:
+        for name in damaged:
+            opened.set_aside(name)
+        click.echo("they are set aside; run `vacli extract` again to make them anew")
+    elif damaged:
+        click.echo("set them aside with `vacli store verify --repair`, then extract again", err=True)
+        sys.exit(1)
+
+
+@store.command("gc")
+@STORE
+@click.option(
+    "--runs", multiple=True, type=click.Path(path_type=Path), default=[Path("runs")], show_default=True,
+    help="Where trained runs lie, whose features stay. May be repeated.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@_YES
+def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> None:
+    """Remove what nobody needs: leftovers of killed runs, damaged tracks, recipes no video and no run refers to."""
+    from .store import Store, keeper
+    from .store.show import size_text
+
+    opened = Store(store, create=not dry_run)
+    found = keeper.garbage(opened, list(runs))
+    for item in found:
+        tracks = f"{item.entries} tracks, " if item.path is None else ""
+        click.echo(f"{item.name}  {tracks}{size_text(item.nbytes)}: {item.why}")
+    total = size_text(sum(item.nbytes for item in found))
+    if dry_run or not found:
+        click.echo(f"{len(found)} things may go, {total}" if found else "nothing to remove")
+        return
+    _ask(yes, f"remove these {len(found)} things, {total}?")
+    click.echo(f"freed {size_text(keeper.gc(opened, found))}")
+
+
+@store.command("du")
+@STORE
+def store_du(store: str) -> None:
+    """How much each recipe takes."""
+    from .store import Store, keeper
+    from .store.show import size_text
+
+    found = keeper.usage(Store(store))
+    for name, (count, nbytes) in sorted(found.items(), key=lambda pair: -pair[1][1]):
+        click.echo(f"{size_text(nbytes):>10}  {count:>7}  {name}")
+    click.echo(
+        f"{size_text(sum(n for _, n in found.values())):>10}  {sum(c for c, _ in found.values()):>7}  total"
+    )
+
+
+@store.command("rm")
+@click.argument("videos", nargs=-1, required=True)
+@STORE
+@click.option("--track", "tracks", multiple=True, help="Only this track. May be repeated.")
+@_YES
+def store_rm(videos: tuple[str, ...], store: str, tracks: tuple[str, ...], yes: bool) -> None:
+    """Remove VIDEOS, or some of their tracks; runs trained on them can no longer be evaluated."""
+    from .store import Store, keeper
+
+    opened = Store(store, create=True)
+    what = f"{', '.join(tracks)} of " if tracks else ""
+    _ask(yes, f"remove {what}{', '.join(videos)} from {store}?")
+    for video_id in videos:
+        gone = keeper.remove(opened, video_id, list(tracks))
+        click.echo(f"{video_id}: {len(gone)} tracks removed")
+
+
+@store.command("export")
+@click.argument("out", type=click.Path(path_type=Path))
+@STORE
+def store_export(out: Path, store: str) -> None:
+    """Copy the whole store into one HDF5 file OUT, which h5py reads without vacli. Interrupted, it goes on."""
+    from .store import Store
+    from .store.hdf5 import export
+
+    figures = export(Store(store), out, tell=lambda line: click.echo(line, err=True))
+    _tell_figures(f"{out}: ", figures)
+
+
+@store.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@STORE
+@click.option(
+    "--track", help="SOURCE holds features or labels of others; their track's name (labels: label.va)."
+)
+@click.option(
+    "--times", help="Their times: 25Hz, `frames`, a column's name, or a folder of times.  [default: found]"
+)
+@click.option("--columns", help="Which columns or which array, as a,b,c.  [default: all numbers]")
+@click.option("--scale", help="The scale of labels, as 1..9; they become [-1, 1].")
+def store_import(
+    source: Path, store: str, track: str | None, times: str | None, columns: str | None, scale: str | None
+) -> None:
+    """Bring in an export of `vacli store export`, or with --track anybody's features and labels.
+
+    With --track, SOURCE is a folder with one file a video (.csv .tsv .npy .npz .h5 .parquet), named after it.
+    """
+    from .store import Store
+    from .store.foreign import import_features
+    from .store.hdf5 import import_export
+
+    if track is None:
+        if source.is_dir() or times or columns or scale:
+            raise VacliError(
+                f"{source}: say what the features are to be called, as --track openface (labels: --track label.va)"
+            )
+        _tell_figures(f"{store}: ", import_export(source, Store(store, create=True)))
+        return
+    names = [name.strip() for name in columns.split(",")] if columns else []
+    done = import_features(source, Store(store, create=True), track, times, names, scale)
+    for note in done.notes:
+        click.echo(f"note: {note}", err=True)
+    stored = sum(what == "stored" for what in done.videos.values())
+    click.echo(f"{track}: {stored} stored, {len(done.videos) - stored} kept, {len(done.problems)} refused")
+    _list_problems([f"{video_id}: {why}" for video_id, why in done.problems.items()])
+
+
+# ---- told alike by several ---------------------------------------------------------------------------------------
+
+
+def _ask(yes: bool, question: str) -> None:
+    if not yes:
+        if not sys.stdin.isatty():
+            raise VacliError(f"{question} there is nobody to ask: say --yes")
+        click.confirm(question, abort=True)
+
+
+def _tell_figures(start: str, figures: Figures) -> None:
+    for note in figures.notes:
+        click.echo(f"note: {note}", err=True)
+    tombstones = f", {figures.tombstones} failures noted" if figures.tombstones else ""
+    click.echo(
+        f"{start}{figures.tracks} tracks copied{tombstones}, {figures.there} were there, of {figures.videos} videos"
+    )
+    _list_problems(figures.problems)
+
+
+def _list_problems(problems: list[str]) -> None:
+    if problems:
+        click.echo(f"{len(problems)} had a problem:", err=True)
+        for problem in problems:
+            click.echo(f"  {problem}", err=True)
+        sys.exit(1)

@@ -1,0 +1,153 @@
+"""Every call by which the store changes a disk stands here, each as durable as it says; a test may fail any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class NewFile:
+    """A file being written, exclusively ours; nothing of it is safe before `sync`.
+
+    reserve: bytes to set aside at once, so that a full disk refuses before the first one is computed.
+    """
+
+    def __init__(self, path: Path, reserve: int = 0) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.size = 0
+        try:
+            if reserve:
+                _allocate(self._fd, reserve)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            written = os.write(self._fd, view)
+            self.size += written
+            view = view[written:]
+
+    def sync(self) -> None:
+        """Cut to what was written, and onto the disk with it."""
+        if os.fstat(self._fd).st_size != self.size:
+            os.ftruncate(self._fd, self.size)
+        os.fsync(self._fd)
+
+    def lock(self) -> None:
+        """Ours while we live: a sweep by another process leaves it alone."""
+        lock(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise  # some network file systems cannot; then a full disk is met later
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file, on the disk when this returns (its name is when the folder is synced)."""
+    with NewFile(path) as f:
+        f.write(data)
+        f.sync()
+
+
+def make_folder(path: Path) -> None:
+    """A new folder. Raises FileExistsError."""
+    os.mkdir(path)
+
+
+def make_folders(path: Path) -> None:
+    """The folder and those above it, where they are not there yet; each durable in the one above it."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker
+            os.mkdir(folder)
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """The names in a folder, onto the disk."""
+    with open_folder(path) as fd:
+        os.fsync(fd)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Moves a file (over another one) or a folder (onto no other one); atomic, durable when the folders are synced."""
+    os.rename(old, new)
+
+
+def remove(path: Path) -> None:
+    """A file or folder and all in it, as far as we may; what is gone already is no error."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            for inner in sorted(os.scandir(path), key=lambda e: e.name):
+                remove(Path(inner.path))
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int, shared: bool = False, wait: bool = True) -> bool | None:
+    """flock: True if we have it, False if another has (without `wait`), None where the file system knows no locks."""
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(fd, how)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; no link is followed, no pipe waited for. Raises OSError, ValueError."""
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ValueError(f"{path.name} has {size} bytes, more than {limit}")
+        return os.read(fd, size)
+    finally:
+        os.close(fd)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a regular file; the last part of its path is no link. Raises OSError, ValueError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError("no regular file")
+    return fd

@@ -1,0 +1,211 @@
+"""Keeping house in a store: an index of what is there, how big it is, what may go, and its removal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import VacliError
+from . import disk, entry
+from .entry import Damaged, Unreadable
+from .store import Store
+
+_INDEX = ".index/zarr.json"
+_INDEX_LIMIT = 2**28
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry at a glance. shape: of its values, None for a tombstone or where `broken` says what is wrong."""
+
+    shape: tuple[int, ...] | None
+    dtype: str
+    nbytes: int
+    media: str = ""
+    failed: str | None = None
+    broken: str | None = None
+
+
+def index(store: Store) -> dict[str, Entry]:
+    """Every entry of the store by its name, without opening those that are known.
+
+    Records are remembered in .index/, each with a stamp of its folder (inode, time): entries never change in place, so
+    a folder of the same stamp has the same record. Derived: it may be deleted, and is never used for reading a track.
+    """
+    known, found, fresh = _known(store), {}, False
+    stamps = {
+        f"{folder}/{m}": stamp for folder in store.folders() for m, stamp in store.at.stamps(folder).items()
+    }
+    for name, stamp in stamps.items():
+        if known.get(name, ("", None))[0] == stamp:
+            found[name] = known[name][1]
+        elif look := _look(store, name):
+            found[name], fresh = look, True
+    if fresh or known.keys() - stamps.keys():
+        rows = {name: [stamps[name], asdict(e)] for name, e in found.items() if e.broken is None}
+        with contextlib.suppress(OSError):  # a store that cannot be written is read without
+            store.at.save_here(_INDEX, entry.group_json(rows))
+    return found
+
+
+def _look(store: Store, name: str) -> Entry | None:
+    try:
+        record = store.record(name)
+    except KeyError:
+        return None
+    except (Damaged, Unreadable) as e:
+        return Entry(None, "", 0, broken=str(e))
+    values = record.get("arrays", {}).get("values")
+    shape = tuple(values["shape"]) if values else None
+    dtype = values["dtype"] if values else ""
+    return Entry(shape, dtype, entry.nbytes_of(record), record["media"], record.get("failed"))
+
+
+def _known(store: Store) -> dict[str, tuple[str, Entry]]:
+    try:
+        rows = entry.parse_group(disk.read_small(store.path / _INDEX, _INDEX_LIMIT))
+        return {
+            name: (stamp, Entry(**{**e, "shape": tuple(e["shape"]) if e["shape"] else None}))
+            for name, (stamp, e) in rows.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+# ---- what may go -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that nobody needs: the entries of a recipe, or a leftover on the disk, and why it may go."""
+
+    name: str
+    why: str
+    nbytes: int
+    entries: int = 0
+    path: Path | None = None
+
+
+def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
+    """What killed writers left, what was set aside as damaged, and the tracks of recipes nobody refers to.
+
+    A recipe is referred to by a video's names, by a run below one of `runs`, or by a recipe that is and that was made
+    from it. Raises VacliError where a run cannot be read: its features would be taken for garbage.
+    """
+    left = [
+        Garbage(f".staging/{p.name}", "left by a killed process", _size(p), path=p)
+        for p in store.at.leftovers()
+    ]
+    aside = [
+        Garbage(f".quarantine/{p.name}", "found damaged", _size(p), path=p)
+        for p in store.at.hidden(".quarantine")
+    ]
+    used = _used(store, runs)
+    unused: dict[str, list[Entry]] = {f: [] for f in store.folders() if f not in used}
+    for name, e in index(store).items():
+        if name.partition("/")[0] in unused:
+            unused[name.partition("/")[0]].append(e)
+    why = "no video and no run refers to this recipe"
+    return left + aside + [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
+
+
+def _used(store: Store, runs: list[Path]) -> set[str]:
+    used = {t["folder"] for facts in store.videos().values() for t in facts["tracks"].values()}
+    for about in _runs(runs):
+        used |= {s["folder"] for s in about["streams"].values()} | {about["label"]["folder"]}
+    by_digits = {f.rpartition("@")[2]: f for f in store.folders()}
+    waiting = [f for f in used if f in by_digits.values()]
+    while waiting:
+        with contextlib.suppress(Damaged):  # a recipe that cannot be read refers to nothing we could find
+            made_from = store.recipe_of(waiting.pop()).get("made_from")
+            source = by_digits.get(str(made_from)[:16])
+            if source and source not in used:
+                used.add(source)
+                waiting.append(source)
+    return used
+
+
+def _runs(runs: list[Path]) -> Iterator[dict[str, Any]]:
+    for path in (p for folder in runs for p in sorted(folder.glob("*/run.json"))):
+        try:
+            about = json.loads(path.read_text())
+            if not all(isinstance(s["folder"], str) for s in (*about["streams"].values(), about["label"])):
+                raise TypeError("a folder that is no text")
+            yield about
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise VacliError(
+                f"cannot read {path} ({e}), so it is not known which features it needs: mend or remove the run"
+            ) from e
+
+
+def gc(store: Store, found: list[Garbage]) -> int:
+    """Remove what `garbage` found; returns the bytes freed. Raises StoreError while others have the store open."""
+    with store.at.alone():
+        for item in found:
+            if item.path is not None:
+                disk.remove(item.path)
+            else:
+                store.drop(item.name)
+    return sum(item.nbytes for item in found)
+
+
+def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
+    """Forget a video, or some of its tracks, and remove the tracks that no other video has; returns those removed.
+
+    The tombstones of a video go with it, so that the next extraction tries again. Raises VacliError for an unknown
+    id or track.
+    """
+    videos = store.videos()
+    failed = [
+        n
+        for n, e in index(store).items()
+        if e.failed and store.record(n)["provenance"].get("sample") == video_id
+    ]
+    if video_id not in videos and (tracks or not failed):
+        raise VacliError(f"{store} knows no video {video_id!r}; `vacli store ls` lists them")
+    mine = videos.pop(video_id, {"tracks": {}})["tracks"]
+    unknown = sorted(set(tracks) - mine.keys())
+    if unknown:
+        raise VacliError(
+            f"{video_id} has no track {', '.join(unknown)}; its tracks: {', '.join(sorted(mine))}"
+        )
+    others = {_address(t) for facts in videos.values() for t in facts["tracks"].values()}
+    others |= {_address(t) for name, t in mine.items() if tracks and name not in tracks}
+    gone = {_address(t) for name, t in mine.items() if not tracks or name in tracks} - others
+    store.unlink(
+        video_id, tracks or None
+    )  # the names first: a name never points to what was removed on purpose
+    gone |= set() if tracks else set(failed)
+    for name in sorted(gone):
+        store.drop(name)
+    return sorted(gone)
+
+
+def _address(track: dict[str, Any]) -> str:
+    return f"{track['folder']}/{track['media'][:24]}"
+
+
+def _size(path: Path) -> int:
+    try:
+        inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+        return sum(p.lstat().st_size for p in inside)
+    except OSError:
+        return 0
+
+
+def usage(store: Store) -> dict[str, tuple[int, int]]:
+    """`<track>@<recipe16>` -> (entries, bytes), and the hidden folders that hold something."""
+    found: dict[str, tuple[int, int]] = dict.fromkeys(store.folders(), (0, 0))
+    for name, e in index(store).items():
+        folder = name.partition("/")[0]
+        count, nbytes = found.get(folder, (0, 0))
+        found[folder] = (count + 1, nbytes + e.nbytes)
+    for hidden in (".quarantine", ".staging", ".trash"):
+        inside = store.at.hidden(hidden)
+        if inside:
+            found[hidden] = (len(inside), sum(map(_size, inside)))
+    return found

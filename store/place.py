@@ -1,0 +1,224 @@
+"""Where a store's files lie: a folder on a disk, in which every change is durable and comes all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import VacliError
+from . import disk, entry
+from .entry import Damaged
+
+_LEFT_S, _LEFT_UNLOCKED_S = 60, 24 * 3600  # age of leftovers that may be swept; where the disk knows no locks
+
+
+class StoreError(VacliError):
+    """The store itself cannot be used: foreign, newer, full, read-only."""
+
+    fatal = True
+
+
+class Place:
+    """A folder that holds a store. Paths are relative to it, with slashes; entries are `<folder>/<name>`.
+
+    Methods raise OSError; `told` makes it a StoreError.
+    """
+
+    attempt = ""  # below which name in its entry a new track's arrays lie: on a disk, right in it
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.path, self.name = folder, name or str(folder)
+        self._session: int | None = None
+        self.locks = True
+
+    @contextlib.contextmanager
+    def told(self, doing: str) -> Iterator[None]:
+        """What the disk refuses, in one line: a StoreError."""
+        try:
+            yield
+        except OSError as e:
+            mend = (
+                "free some space"
+                if e.errno in (errno.ENOSPC, errno.EDQUOT)
+                else "check the folder, or use another --store"
+            )
+            raise StoreError(
+                f"cannot {doing} in {self.name}: {e.strerror or e}; {mend} and run again: what is stored is kept"
+            ) from e
+
+    def absent(self) -> bool:
+        """Nothing there, or what a creation stopped half-way leaves."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and {e.name for e in self.path.iterdir()} <= {".staging"}
+
+    def create(self, attributes: dict[str, Any]) -> None:
+        """Make it; the group's zarr.json comes last."""
+        disk.make_folders(self.path / ".staging")
+        if not (self.path / ".staging" / "zarr.json").exists():
+            self.save_here(".staging/zarr.json", entry.group_json({}))
+        self.save("zarr.json", entry.group_json(attributes))
+
+    def open(self) -> None:
+        """From now on others see that the store is in use."""
+        fd = self._session = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
+        self.locks = disk.lock(fd, shared=True) is not None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While nobody else has the store open, as far as this disk's locks tell. Raises StoreError if somebody has."""
+        assert self._session is not None
+        if self.locks and not disk.lock(self._session, wait=False):
+            disk.lock(self._session, shared=True)
+            raise StoreError(f"{self.name} is in use by another vacli process: wait until it is done")
+        try:
+            yield
+        finally:
+            if self.locks:
+                disk.lock(self._session, shared=True)
+
+    # ---- files and folders ---------------------------------------------------------------------------------
+
+    def load(self, path: str, limit: int) -> bytes:
+        """A file. Raises FileNotFoundError, OSError, ValueError (larger than `limit` bytes, no regular file)."""
+        return disk.read_small(self.path / path, limit)
+
+    def folders(self, path: str) -> list[str]:
+        """The names of the folders in a folder; none if it is not there."""
+        try:
+            with os.scandir(self.path / path) as found:
+                return [e.name for e in found if e.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """The names of the entries in a folder, each with a stamp that another entry in its place would not have."""
+        try:
+            with os.scandir(self.path / folder) as found:
+                inside = {
+                    e.name: e.stat(follow_symlinks=False) for e in found if e.is_dir(follow_symlinks=False)
+                }
+        except FileNotFoundError:
+            return {}
+        return {n: f"{s.st_ino} {s.st_mtime_ns}" for n, s in inside.items() if entry.NAME.fullmatch(n)}
+
+    def save(self, path: str, data: bytes) -> None:
+        """Replace a file durably and all at once: a reader sees the old one or the new one."""
+        self.save_here(path, data)
+
+    def save_here(self, path: str, data: bytes) -> None:
+        """As `save`, and only on this machine."""
+        target, aside = self.path / path, self.path / ".staging" / uuid.uuid4().hex
+        try:
+            with disk.NewFile(aside) as f:
+                f.lock()
+                f.write(data)
+                f.sync()
+                disk.make_folders(target.parent)
+                disk.rename(aside, target)
+            disk.sync_folder(target.parent)
+        except BaseException:
+            disk.remove(aside)
+            raise
+
+    @contextlib.contextmanager
+    def locked(self, folder: str) -> Iterator[None]:
+        """One writer in a folder (a group, made if absent) at a time, where the disk knows locks."""
+        if not (self.path / folder / "zarr.json").exists():
+            self.save_here(f"{folder}/zarr.json", entry.group_json({}))
+        with disk.open_folder(self.path / folder) as fd:
+            disk.lock(fd)
+            yield
+
+    # ---- entries -------------------------------------------------------------------------------------------
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The checked record of an entry. Raises FileNotFoundError, Damaged."""
+        return entry.check(self.path / name)
+
+    def here(self, name: str, record: dict[str, Any]) -> Path:
+        """The folder on this machine where the entry's files can be mapped."""
+        return self.path / name
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A fresh folder, locked while we live: a sweep by another process leaves it alone."""
+        staged = self.path / ".staging" / uuid.uuid4().hex
+        try:
+            disk.make_folder(staged)
+            with disk.open_folder(staged) as fd:
+                disk.lock(fd)
+                yield staged
+        finally:
+            disk.remove(staged)  # gone already when it was renamed into place
+
+    def commit(self, staged: Path, name: str, tombstone: bool) -> None:
+        """Make a finished folder the entry, unless somebody was first: content-addressed, theirs is as good as ours."""
+        for _ in range(3):
+            if self._rename_to(staged, self.path / name):
+                break
+            try:
+                if tombstone or "failed" not in entry.check(self.path / name):
+                    break
+                self.move(name, ".trash")  # a track comes to where a tombstone stood
+            except FileNotFoundError:
+                continue  # moved away since
+            except Damaged:
+                self.move(name, ".quarantine")
+        else:
+            raise OSError(errno.EBUSY, "others keep writing the same track")
+        disk.sync_folder((self.path / name).parent)
+
+    @staticmethod
+    def _rename_to(staged: Path, place: Path) -> bool:
+        try:
+            disk.rename(staged, place)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            return False
+        return True
+
+    def move(self, name: str, hidden: str) -> Path | None:
+        """Out of sight, into a hidden folder; None if it is not there."""
+        if not (self.path / hidden).is_dir():
+            self.save_here(f"{hidden}/zarr.json", entry.group_json({}))
+        aside = self.path / hidden / f"{name.replace('/', '.')}.{uuid.uuid4().hex[:8]}"
+        try:
+            disk.rename(self.path / name, aside)
+        except FileNotFoundError:
+            return None
+        disk.sync_folder((self.path / name).parent)
+        return aside
+
+    # ---- leftovers -----------------------------------------------------------------------------------------
+
+    def leftovers(self) -> list[Path]:
+        """What killed writers and removals left."""
+        return [p for hidden in (".staging", ".trash") for p in self.hidden(hidden) if _is_left(p)]
+
+    def hidden(self, folder: str) -> list[Path]:
+        """What lies in .staging, .trash or .quarantine."""
+        inside = self.path / folder
+        return sorted(p for p in inside.iterdir() if p.name != "zarr.json") if inside.is_dir() else []
+
+
+def _is_left(path: Path) -> bool:
+    """No living writer holds it: a minute old and not locked (a day old where the disk knows no locks)."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            free = disk.lock(fd, wait=False)
+            age_s = time.time() - os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+        return age_s > _LEFT_UNLOCKED_S if free is None else free and age_s > _LEFT_S
+    return False

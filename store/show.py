@@ -1,0 +1,170 @@
+"""What a store holds, as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from .. import VacliError
+from .entry import Damaged, Unreadable
+from .keeper import Entry, index
+from .store import Store
+from .track import Track
+
+_BARS, _MISSING, _PLOT_COLUMNS = "▁▂▃▄▅▆▇█", "·", 64
+
+
+def listing(store: Store) -> list[dict[str, Any]]:
+    """One table a video: id, split, root, media, and for each track its recipe, shape, dtype, bytes and state.
+
+    state: "whole", "absent" (named, but not there: extract again), "failed" or "broken".
+    """
+    known = index(store)
+    return [
+        {
+            "id": video_id,
+            "split": facts["split"],
+            "root": facts["root"],
+            "media": facts["media"],
+            "tracks": {n: _state(t, known) for n, t in sorted(facts["tracks"].items())},
+        }
+        for video_id, facts in store.videos().items()
+    ]
+
+
+def _state(track: dict[str, Any], known: dict[str, Entry]) -> dict[str, Any]:
+    found = known.get(f"{track['folder']}/{track['media'][:24]}")
+    state = "absent" if found is None else "broken" if found.broken else "failed" if found.failed else "whole"
+    shape = list(found.shape) if found and found.shape else None
+    return {
+        "recipe": track["folder"],
+        "media": track["media"],
+        "shape": shape,
+        "dtype": found.dtype if found else "",
+        "bytes": found.nbytes if found else 0,
+        "state": state,
+    }
+
+
+def table(videos: list[dict[str, Any]]) -> list[str]:
+    """The listing as lines: videos x tracks with their rows, then every recipe with its dims, videos, rows and size."""
+    names = sorted({n for v in videos for n in v["tracks"]})
+    several = {n for n in names if len({v["tracks"][n]["recipe"] for v in videos if n in v["tracks"]}) > 1}
+    rows = [["video", "split", *names]]
+    for video in videos:
+        cells = [_cell(video["tracks"].get(n), n in several) for n in names]
+        rows.append([video["id"], video["split"] or "-", *cells])
+    return [*_aligned(rows, left=2), "", *_recipes(videos)]
+
+
+def _cell(track: dict[str, Any] | None, mark: bool) -> str:
+    if track is None:
+        return "-"
+    rows = str(track["shape"][0]) if track["state"] == "whole" else track["state"]
+    return f"{rows} @{track['recipe'].rpartition('@')[2][:6]}" if mark else rows
+
+
+def _recipes(videos: list[dict[str, Any]]) -> list[str]:
+    by_folder: dict[str, list[dict[str, Any]]] = {}
+    names: dict[str, set[str]] = {}
+    for name, track in ((n, t) for v in videos for n, t in v["tracks"].items()):
+        by_folder.setdefault(track["recipe"], []).append(track)
+        names.setdefault(track["recipe"], set()).add(name)
+    rows = [["track", "recipe", "dims", "dtype", "videos", "rows", "size"]]
+    for folder, tracks in sorted(by_folder.items()):
+        whole = [t for t in tracks if t["state"] == "whole"]
+        dims = "/".join(sorted({"x".join(map(str, t["shape"][1:])) for t in whole})) or "-"
+        dtype = "/".join(sorted({t["dtype"] for t in whole})) or "-"
+        count = str(sum(t["shape"][0] for t in whole))
+        size = size_text(sum(t["bytes"] for t in {t["media"]: t for t in tracks}.values()))
+        rows.append([",".join(sorted(names[folder])), folder, dims, dtype, str(len(tracks)), count, size])
+    return _aligned(rows, left=2)
+
+
+def _aligned(rows: list[list[str]], left: int) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def size_text(nbytes: int) -> str:
+    """1234567 -> `1.2 MB`."""
+    size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.3g} {units[0]}"
+
+
+def show(store: Store, video_id: str) -> list[str]:
+    """Every track of a video: times, valid rows, values, recipe, and a plot as wide as a line. Raises VacliError."""
+    videos = store.videos()
+    if video_id not in videos:
+        close = [v for v in videos if video_id.lower() in v.lower()][:5]
+        hint = f"; there is {', '.join(close)}" if close else "; `vacli store ls` lists them"
+        raise VacliError(f"{store} knows no video {video_id!r}{hint}")
+    facts = videos[video_id]
+    lines = [
+        f"{video_id}  split {facts['split'] or '-'}  from {facts['root']}  medium {(facts['media'] or '-')[:24]}"
+    ]
+    for name, track in sorted(facts["tracks"].items()):
+        entry = f"{track['folder']}/{track['media'][:24]}"
+        lines += ["", f"{name}  {entry}"]
+        try:
+            lines += [f"  {line}" for line in _described(store.read(entry))]
+            lines.append(f"  made by  {_noted(store.record(entry)['provenance'])}")
+            lines.append(f"  recipe   {json.dumps(store.recipe_of(track['folder']), sort_keys=True)}")
+        except KeyError:
+            lines.append("  not there: run `vacli extract` again")
+        except (Damaged, Unreadable) as e:
+            lines.append(f"  {e}")
+    return lines
+
+
+def _noted(provenance: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in sorted(provenance.items())
+    )
+
+
+def _described(track: Track) -> list[str]:
+    shape = " x ".join(map(str, track.values.shape))
+    if not len(track):
+        return [f"values   {shape} {track.values.dtype}, no row"]
+    steps = np.diff(track.times_s)
+    rate = f", {1 / np.median(steps):.6g} Hz" if len(steps) else ""
+    valid = track.valid
+    lines = [
+        f"values   {shape} {track.values.dtype}, {size_text(track.values.nbytes)}",
+        f"times    {track.times_s[0]:.3f} to {track.times_s[-1]:.3f} s{rate}",
+        f"valid    {int(valid.sum())} of {len(track)} rows, {100 * (1 - valid.mean()):.1f} % missing",
+    ]
+    if valid.any():
+        seen = track.values[valid].reshape(int(valid.sum()), -1).astype(np.float32)
+        lines.append(f"min/mean/max  {seen.min():.4g} / {seen.mean(dtype=np.float64):.4g} / {seen.max():.4g}")
+        lines += _plots(track)
+    return lines
+
+
+def _plots(track: Track) -> list[str]:
+    """Each column of a narrow track, the mean of a wide one."""
+    flat = track.values.reshape(len(track), -1)
+    if flat.shape[1] <= 4:
+        return [f"column {i} {_plot(flat[:, i])}" for i in range(flat.shape[1])]
+    return [f"mean     {_plot(flat.mean(axis=1, dtype=np.float32))}"]
+
+
+def _plot(values: np.ndarray) -> str:
+    """A line of bars, each the mean of its share of the rows, from least to largest; a dot where none is valid."""
+    shares = np.array_split(values.astype(np.float64), min(_PLOT_COLUMNS, len(values)))
+    means = np.array([s[~np.isnan(s)].mean() if not np.isnan(s).all() else np.nan for s in shares])
+    low, high = np.nanmin(means), np.nanmax(means)
+    heights = np.nan_to_num((means - low) / (high - low if high > low else 1.0))
+    bars = (_BARS[min(int(h * len(_BARS)), len(_BARS) - 1)] for h in heights)
+    line = "".join(_MISSING if np.isnan(m) else b for m, b in zip(means, bars, strict=True))
+    return f"{line}  {low:.3g} to {high:.3g}"

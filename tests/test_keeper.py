@@ -1,0 +1,363 @@
+"""Keeping house: what is listed is what is there, what is removed is what nobody needs, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from vacli import VacliError
+from vacli.cli import main
+from vacli.store import Store, StoreError, Track, digest, folder_name, keeper, show
+
+from .toy_store import LABEL_RECIPE, ROWS, add_video, make_store, recipe, tracks_of
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return make_store(tmp_path / "s.zarr", train=2, validation=1)
+
+
+def vacli(*words: object, fails: bool = False) -> Result:
+    result = CliRunner().invoke(main, [str(w) for w in words])
+    told = f"{result.output}\n{result.exception!r}"
+    assert result.exit_code == (1 if fails else 0), told
+    assert "Traceback" not in result.output
+    return result
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """Every file of every entry and of the names."""
+    roots = [store.path / n for n in (*store.folders(), "videos")]
+    return {
+        str(p.relative_to(store.path)): p.read_bytes() for r in roots for p in r.rglob("*") if p.is_file()
+    }
+
+
+# ---- the index -------------------------------------------------------------------------------------------------
+
+
+def test_the_index_is_what_the_records_say_read_or_remembered(store):
+    first = keeper.index(store)
+    assert list(first) == store.entries()
+    for name, e in first.items():
+        assert e.shape == store.read(name).values.shape
+        assert e.nbytes == sum(p.stat().st_size for p in (store.path / name).rglob("c.*"))
+    assert keeper.index(Store(store.path)) == first
+
+
+def test_the_index_opens_no_record_it_knows_and_reads_only_what_is_new(store, monkeypatch):
+    keeper.index(store)
+    opened = []
+    real = Store.record
+    monkeypatch.setattr(Store, "record", lambda self, name: opened.append(name) or real(self, name))
+    keeper.index(Store(store.path))
+    assert opened == []
+    add_video(store, 7)
+    assert len(keeper.index(Store(store.path))) == 12
+    assert len(opened) == 3
+
+
+def test_an_entry_in_anothers_place_is_not_taken_for_it(store):
+    name = store.entry_of(recipe("mae"), "00" * 32)
+    keeper.index(store)
+    store.drop(name)
+    assert name not in keeper.index(store)
+    store.fail(recipe("mae"), "00" * 32, "it was not there")
+    assert keeper.index(store)[name].failed == "it was not there"
+    store.put(recipe("mae"), "00" * 32, tracks_of(0, rows=5)["mae"])
+    assert keeper.index(store)[name].shape == (5, 8)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"attributes": {"vacli": {"a": 1}}}', '{"attributes": {"vacli": []}}']
+)
+def test_a_broken_index_is_made_anew(store, text):
+    first = keeper.index(store)
+    (store.path / ".index" / "zarr.json").write_text(text)
+    assert keeper.index(store) == first
+
+
+def test_a_store_that_cannot_be_written_is_listed_all_the_same(store, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(store.at, "save_here", refuse)
+    assert len(keeper.index(store)) == 9
+
+
+# ---- ls, show, du ----------------------------------------------------------------------------------------------
+
+
+def test_ls_shows_videos_by_tracks_with_rows_and_every_recipe_with_its_size(store):
+    add_video(store, 3, None, names=("mae",), rows=7)
+    lines = vacli("store", "ls", "--store", store.path).output.splitlines()
+    assert lines[0].split() == ["video", "split", "label.va", "logmel", "mae"]
+    assert lines[1].split() == ["v00", "train", str(ROWS), "1200", str(ROWS)]
+    assert lines[4].split() == ["v03", "-", "-", "-", "7"]
+    mae = next(line for line in lines[5:] if line.startswith("mae")).split()
+    assert mae[:6] == ["mae", folder_name(recipe("mae")), "8", "float16", "4", str(3 * ROWS + 7)]
+    nbytes = keeper.usage(store)[folder_name(recipe("mae"))][1]
+    assert " ".join(mae[6:]) == show.size_text(nbytes)
+
+
+def test_ls_json_is_what_is_there_and_says_what_is_not(store):
+    add_video(store, 3, None, names=("mae", "logmel"))
+    store.drop(store.entry_of(recipe("mae"), "03" * 32))
+    chunk = next((store.path / store.entry_of(recipe("logmel"), "03" * 32)).rglob("c.0.0"))
+    os.truncate(chunk, 10)
+    videos = {v["id"]: v for v in json.loads(vacli("store", "ls", "--json", "--store", store.path).output)}
+    assert {n: t["state"] for n, t in videos["v03"]["tracks"].items()} == {
+        "mae": "absent",
+        "logmel": "broken",
+    }
+    track = videos["v00"]["tracks"]["mae"]
+    assert track["shape"] == [ROWS, 8]
+    assert track["state"] == "whole"
+    assert track["recipe"] == folder_name(recipe("mae"))
+    told = vacli("store", "ls", "--store", store.path).output
+    assert next(line for line in told.splitlines() if line.startswith("v03")).split()[2:] == [
+        "-",
+        "broken",
+        "absent",
+    ]
+
+
+def test_ls_tells_recipes_apart_where_a_track_has_several(store):
+    add_video(store, 3, made_by="another encoder")
+    line = vacli("store", "ls", "--store", store.path).output.splitlines()[4]
+    assert f"@{folder_name(recipe('mae', 'another encoder')).partition('@')[2][:6]}" in line
+
+
+def test_show_tells_times_valid_rows_values_recipe_and_draws(store):
+    track = tracks_of(0)["mae"]
+    seen = track.values[track.valid].astype(np.float32)
+    told = vacli("store", "show", "v00", "--store", store.path).output
+    part = told[told.index("\nmae") :]
+    assert f"{ROWS} x 8 float16" in part
+    assert "times    0.050 to 11.950 s, 10 Hz" in part
+    assert (
+        f"valid    {int(track.valid.sum())} of {ROWS} rows, {100 * (1 - track.valid.mean()):.1f} % missing"
+        in part
+    )
+    assert f"{seen.min():.4g} / {seen.mean(dtype=np.float64):.4g} / {seen.max():.4g}" in part
+    assert json.dumps(recipe("mae"), sort_keys=True) in part
+    assert "column 0" in told[told.index("\nlabel.va") :]
+
+
+def test_the_plot_rises_where_the_values_rise_and_dots_where_nothing_is():
+    values = np.linspace(0, 1, 64)[:, None].astype(np.float32)
+    values[20:23] = np.nan
+    bars = show._plots(Track(values, np.arange(64.0)))[0].split()[2]
+    assert len(bars) == 64
+    assert bars[20:23] == "···"
+    heights = ["▁▂▃▄▅▆▇█".index(b) for b in bars.replace("·", "")]
+    assert heights == sorted(heights)
+    assert (heights[0], heights[-1]) == (0, 7)
+
+
+def test_show_of_a_constant_an_empty_and_an_unseen_track_is_no_error(store):
+    tracks = {
+        "constant": Track(np.ones((4, 2), np.float32), np.arange(4.0)),
+        "none": Track(np.empty((0, 2), np.float32), np.empty(0)),
+        "unseen": Track(np.full((4, 2), np.nan, np.float32), np.arange(4.0)),
+    }
+    for name, track in tracks.items():
+        store.put(recipe(name), "aa" * 32, track)
+    places = {n: {"folder": folder_name(recipe(n)), "media": "aa" * 32} for n in tracks}
+    store.link("odd", {"root": "toy", "media": "aa" * 32, "split": None}, places)
+    told = vacli("store", "show", "odd", "--store", store.path).output
+    assert "no row" in told
+    assert "0 of 4 rows, 100.0 % missing" in told
+    assert "1 / 1 / 1" in told
+
+
+def test_an_unknown_video_is_named_with_those_like_it(store):
+    assert (
+        "knows no video 'V0'; there is v00, v01, v02"
+        in vacli("store", "show", "V0", "--store", store.path, fails=True).output
+    )
+
+
+def test_du_adds_up(store):
+    told = vacli("store", "du", "--store", store.path).output.splitlines()
+    on_disk = sum(p.stat().st_size for p in store.path.rglob("c.*"))
+    assert told[-1].split() == [*show.size_text(on_disk).split(), "9", "total"]
+    assert len(told) == 4
+
+
+# ---- verify --repair -------------------------------------------------------------------------------------------
+
+
+def test_verify_names_the_damaged_and_repair_makes_them_absent(store):
+    name = store.entry_of(recipe("mae"), "01" * 32)
+    chunk = store.path / name / "values" / "c.0.0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 8
+    chunk.write_bytes(data)
+    names = store.path / "videos" / next(iter(store.at.folders("videos"))) / "zarr.json"
+    names.write_text("{")
+    told = vacli("store", "verify", "--store", store.path, fails=True).output
+    assert "2 damaged" in told
+    assert name in told
+    assert "--repair" in told
+    assert "2 damaged" in vacli("store", "verify", "--repair", "--store", store.path).output
+    assert "8 tracks read" in vacli("store", "verify", "--store", store.path).output
+    assert not store.has(recipe("mae"), "01" * 32)
+    assert len(store.at.hidden(".quarantine")) == 2
+    assert len(store.videos()) == 2
+
+
+# ---- gc --------------------------------------------------------------------------------------------------------
+
+
+def run_on(folder: Path, store: Store, made_by: str) -> None:
+    """A run.json that needs the toy features made by somebody."""
+    streams = {n: {"folder": folder_name(recipe(n, made_by))} for n in ("mae", "logmel")}
+    folder.mkdir(parents=True)
+    about = {"streams": streams, "label": {"folder": folder_name(LABEL_RECIPE)}}
+    (folder / "run.json").write_text(json.dumps(about))
+
+
+def old(path: Path) -> Path:
+    os.utime(path, (1, 1))
+    return path
+
+
+def test_gc_removes_what_nobody_refers_to_and_nothing_else(tmp_path):
+    runs, store = tmp_path / "runs", make_store(tmp_path / "s.zarr", train=2, validation=1)
+    run_on(runs / "one", store, "an older encoder")
+    for number in range(3):  # extracted twice more since: only the last is linked, a run needs the first
+        for made_by in ("an older encoder", "nobody's encoder", "toy"):
+            add_video(store, number, made_by=made_by)
+    faces = recipe("faces")
+    store.put(faces, "00" * 32, tracks_of(0)["mae"])  # not linked, but what is was made from it
+    made = {**recipe("mae", "crops"), "made_from": digest(faces)}
+    store.put(made, "00" * 32, tracks_of(0)["mae"])
+    add_video(store, 4)
+    store.link(
+        "v04",
+        {"root": "toy", "media": "04" * 32, "split": None},
+        {"crops": {"folder": folder_name(made), "media": "00" * 32}},
+    )
+    before = contents(store)
+    unused = {folder_name(recipe(n, "nobody's encoder")) for n in ("mae", "logmel")}
+    told = vacli("store", "gc", "--dry-run", "--runs", runs, "--store", store.path).output
+    assert {line.split()[0] for line in told.splitlines()[:-1]} == unused
+    assert contents(store) == before
+    del store  # it would be in use
+    vacli("store", "gc", "--yes", "--runs", runs, "--store", tmp_path / "s.zarr")
+    after = contents(Store(tmp_path / "s.zarr"))
+    assert after == {p: b for p, b in before.items() if p.partition("/")[0] not in unused}
+    assert "nothing to remove" in vacli("store", "gc", "--runs", runs, "--store", tmp_path / "s.zarr").output
+
+
+def test_gc_sweeps_leftovers_and_what_was_set_aside(store, tmp_path):
+    left = store.path / ".staging" / "dead"
+    left.mkdir()
+    old(left)
+    store.set_aside(store.entry_of(recipe("mae"), "00" * 32))
+    found = keeper.garbage(store, [])
+    assert {g.name.partition("/")[0] for g in found} == {".staging", ".quarantine"}
+    before = contents(store)
+    keeper.gc(store, found)
+    assert keeper.garbage(store, []) == []
+    assert contents(store) == before
+
+
+def test_gc_lets_what_is_being_written_live(store):
+    with store.at.staging() as staged:
+        old(staged)
+        assert keeper.garbage(store, []) == []
+
+
+HOLDER = """
+import sys
+from vacli.store import Store
+store = Store(sys.argv[1])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_gc_refuses_while_another_process_has_the_store_open(store):
+    add_video(store, 0, made_by="nobody's encoder")
+    add_video(store, 0)
+    words = [sys.executable, "-c", HOLDER, str(store.path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        found = keeper.garbage(store, [])
+        before = contents(store)
+        with pytest.raises(StoreError, match="in use by another vacli process"):
+            keeper.gc(store, found)
+        assert contents(store) == before
+        holder.communicate()
+    assert keeper.gc(store, found) > 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"streams": 3}', '{"streams": {"a": {}}, "label": {}}'])
+def test_a_run_that_cannot_be_read_stops_gc(store, tmp_path, text):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "run.json").write_text(text)
+    with pytest.raises(VacliError, match=r"cannot read .*run\.json"):
+        keeper.garbage(store, [tmp_path / "runs"])
+
+
+def test_without_anybody_to_ask_nothing_is_removed(store):
+    add_video(store, 0, made_by="nobody's encoder")
+    add_video(store, 0)
+    before = contents(store)
+    assert "say --yes" in vacli("store", "gc", "--store", store.path, fails=True).output
+    assert "say --yes" in vacli("store", "rm", "v00", "--store", store.path, fails=True).output
+    assert contents(store) == before
+
+
+# ---- rm --------------------------------------------------------------------------------------------------------
+
+
+def test_rm_removes_a_video_but_not_what_another_one_shares(store):
+    shared = {
+        "folder": folder_name(recipe("logmel")),
+        "media": "00" * 32,
+    }  # 00_left and 00_right share the sound
+    store.link("v00_left", {"root": "toy", "media": "99" * 32, "split": None}, {"logmel": shared})
+    vacli("store", "rm", "v00", "--yes", "--store", store.path)
+    assert "v00" not in store.videos()
+    assert not store.has(recipe("mae"), "00" * 32)
+    assert store.has(recipe("logmel"), "00" * 32)
+    assert store.has(recipe("mae"), "01" * 32)
+
+
+def test_rm_of_a_track_leaves_the_others(store):
+    vacli("store", "rm", "v00", "v01", "--track", "mae", "--yes", "--store", store.path)
+    assert set(store.videos()["v01"]["tracks"]) == {"logmel", "label.va"}
+    assert [store.has(recipe("mae"), f"{i:02}" * 32) for i in range(3)] == [False, False, True]
+    assert store.has(recipe("logmel"), "00" * 32)
+
+
+def test_rm_takes_the_tombstones_of_a_video_along(store):
+    store.fail(recipe("mae"), "77" * 32, "no video", {"sample": "broken"})
+    vacli("store", "rm", "broken", "--yes", "--store", store.path)
+    assert store.failure(recipe("mae"), "77" * 32) is None
+
+
+def test_rm_of_what_is_not_there_says_what_is(store):
+    assert (
+        "knows no video 'v9'" in vacli("store", "rm", "v9", "--yes", "--store", store.path, fails=True).output
+    )
+    told = vacli("store", "rm", "v00", "--track", "vggish", "--yes", "--store", store.path, fails=True).output
+    assert "v00 has no track vggish; its tracks: label.va, logmel, mae" in told
+
+
+def test_a_store_of_the_first_format_is_listed_without_being_changed(tmp_path):
+    shutil.copytree(Path(__file__).parent / "data" / "store_format_1.zarr", tmp_path / "old.zarr")
+    before = contents(Store(tmp_path / "old.zarr"))
+    assert vacli("store", "ls", "--store", tmp_path / "old.zarr").output.splitlines()[1].split()[0] == "v00"
+    assert contents(Store(tmp_path / "old.zarr")) == before
