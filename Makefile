@@ -11,7 +11,7 @@ VENV  := .venv
 VACLI := $(VENV)/bin/vacli
 READY := $(VENV)/.installed
 
-.PHONY: help install demo features train predict test test-all lint types clean
+.PHONY: help install demo features train predict test test-all bench lint types clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +71,9 @@ test: $(READY) ## run the tests
 
 test-all: $(READY) ## run all tests, the slow ones too
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
+
+bench: $(READY) ## measure, each figure beside its plain twin, into benchmarks/RESULTS.md
+	$(VENV)/bin/python -m benchmarks
 
 lint: $(READY) ## check the style
 	$(VENV)/bin/ruff check .

@@ -168,17 +168,19 @@ def store_import(
 ) -> None:
     """Bring in an export of `vacli store export`, or with --track anybody's features and labels.
 
-    With --track, SOURCE is a folder with one file a video (.csv .tsv .npy .npz .h5 .parquet), named after it.
+    With --track, SOURCE is a folder with one file a video (.csv .tsv .txt, also .gz; .npy .npz .h5 .parquet), named after it.
     """
     from .store import Store
     from .store.foreign import import_features
-    from .store.hdf5 import import_export
+    from .store.hdf5 import LICENCE
+    from .store.hdf5_import import import_export
 
     if track is None:
         if source.is_dir() or times or columns or scale:
             raise VacliError(
                 f"{source}: say what the features are to be called, as --track openface (labels: --track label.va)"
             )
+        click.echo(f"note: {LICENCE}", err=True)
         _tell_figures(f"{store}: ", import_export(source, Store(store, create=True)))
         return
     names = [name.strip() for name in columns.split(",")] if columns else []

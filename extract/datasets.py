@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from .. import VacliError
 from ..store import Fingerprints, combine
-from .media import SUFFIXES, Video
+from ..store.names import plain_id
+from . import SUFFIXES
 
 CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent: Aff-Wild2's usual one; stated in the recipe
 _CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
@@ -30,7 +30,8 @@ _SPLITS = {
 class Sample:
     """One person in one video: what a curve is drawn for.
 
-    id: unique within the root; the annotation's stem in Aff-Wild2 (`12_left`), else the path below the root.
+    id: unique within the root; the annotation's stem in Aff-Wild2 (`12_left`), else the path below the root; a
+    plain name made of it where that could lead out of a folder or is no name on every system.
     video: the file with pictures and sound, if it is there. crops: a folder of aligned faces `%05d.jpg`, by frame
     number from 1, if the data set brings them. annotation: a VA file. split: train, validation, test or None.
     """
@@ -72,6 +73,8 @@ class Sample:
 
     def frame_clock(self) -> tuple[np.ndarray, str | None]:
         """`frame_times_s`, and what of the video could not be read on the way."""
+        from .media import Video
+
         if self.video is None:
             return np.arange(max(self.crop_files(), default=-1) + 1) / CROPS_RATE_HZ, None
         video = Video(self.video)
@@ -82,6 +85,8 @@ class Sample:
 
         An unreadable picture counts as missing: its row stays NaN.
         """
+        import cv2
+
         files = [(row, path) for row, path in sorted(self.crop_files().items()) if row < rows]
         for start in range(0, len(files), batch):
             pictures = [
@@ -144,7 +149,7 @@ def _plain(root: Path, videos: list[Path]) -> list[Sample]:
         annotation = path.with_suffix(".txt")
         samples.append(
             Sample(
-                name,
+                plain_id(name),
                 root.resolve(),
                 path,
                 None,
@@ -183,7 +188,7 @@ def _affwild2(root: Path) -> list[Sample]:
     )  # test videos have neither labels nor, maybe, crops
     return [
         Sample(
-            id=name,
+            id=plain_id(name),
             root=root.resolve(),
             video=videos.get(name) or videos.get(bare.get(name, name)),
             crops=crops.get(name),

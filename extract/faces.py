@@ -7,19 +7,18 @@ import importlib.util
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
-import joblib
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from .. import VacliError
 from ..store.track import Track
-from .media import Video
+
+if TYPE_CHECKING:
+    from .media import Video
+    from .mtcnn import Nets
 
 # Where the two eyes, the nose and the corners of the mouth lie in an aligned crop of 112x112 pixels (InsightFace's
 # ArcFace template, which Aff-Wild2's cropped_aligned uses too).
@@ -67,21 +66,28 @@ def align(frame_rgb: np.ndarray, points: np.ndarray, size: int = 112) -> np.ndar
 
     points: the five points, (5, 2) or (10,), as in a row of the `faces` track. Bilinear.
     """
+    import cv2
+
     matrix = similarity(np.reshape(points, (5, 2)), ARCFACE_112 * (size / 112))
     return cv2.warpAffine(frame_rgb, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
 
 
 class Detector:
-    """MTCNN's three nets in torch on the CPU, with the weights that lie in the `mtcnn` wheel.
+    """MTCNN on the CPU, with the weights that lie in the `mtcnn` wheel; nothing heavy is loaded before the first frame.
 
-    The wheel's own code is not used: it wants TensorFlow. Raises VacliError where the wheel is missing.
+    Raises VacliError where the wheel is missing.
     """
 
     def __init__(self) -> None:
-        self.weights_sha256, (pnet, rnet, onet) = _weights()
-        self._pnet, self._rnet, self._onet = partial(_pnet, pnet), partial(_rnet, rnet), partial(_onet, onet)
+        self._files = _weights()
+        self.weights_sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in self._files)).hexdigest()
 
-    @torch.inference_mode()
+    @cached_property
+    def _nets(self) -> Nets:
+        from .mtcnn import Nets
+
+        return Nets(self._files)
+
     def __call__(self, frames: np.ndarray) -> list[np.ndarray]:
         """frames (B, H, W, 3) uint8 RGB -> for each the faces (n, 15) float32, best first.
 
@@ -100,7 +106,7 @@ class Detector:
         """P-Net over the pyramids of all frames -> owner (N,), square boxes (N, 4)."""
         owners, found = [], []
         for level, (scale, pictures) in enumerate(_pyramid(frames)):
-            score, moves = self._pnet(_normal(pictures))
+            score, moves = self._nets.pnet(pictures)
             b, y, x = np.nonzero(score > THRESHOLDS[0])
             corner = np.stack([x, y], axis=1) * STRIDE
             boxes = np.concatenate([corner, corner + CELL], axis=1) / scale
@@ -116,7 +122,7 @@ class Detector:
 
     def _refine(self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> Owned:
         """R-Net over all proposals of the batch -> owner (N,), square boxes (N, 4)."""
-        score, moves = _chunked(self._rnet, frames, owner, boxes, SIDES[0])
+        score, moves = _chunked(self._nets.rnet, frames, owner, boxes, SIDES[0])
         good = score > THRESHOLDS[1]
         rows = np.concatenate([_moved(boxes[good], moves[good]), score[good, None]], axis=1)
         owner, rows = _per_frame(owner[good], rows, lambda r: _keep(r[:, :4], r[:, 4], OVERLAPS[2]))
@@ -124,7 +130,7 @@ class Detector:
 
     def _finish(self, frames: np.ndarray, owner: np.ndarray, boxes: np.ndarray) -> Owned:
         """O-Net over what is left -> owner (N,), faces (N, 15) float32."""
-        score, moves, points = _chunked(self._onet, frames, owner, boxes, SIDES[1])
+        score, moves, points = _chunked(self._nets.onet, frames, owner, boxes, SIDES[1])
         good = score > THRESHOLDS[2]
         boxes, side = boxes[good], (boxes[good, 2] - boxes[good, 0])[:, None]
         x, y = boxes[:, :1] + side * points[good, :5], boxes[:, 1:2] + side * points[good, 5:]
@@ -136,8 +142,8 @@ class Detector:
         return owner, rows.astype(np.float32)
 
 
-def _weights() -> tuple[str, list[list[torch.Tensor]]]:
-    """The hash of the three weight files, and their arrays laid out for torch."""
+def _weights() -> list[Path]:
+    """The files of the three nets' weights, which the wheel carries."""
     spec = importlib.util.find_spec("mtcnn")  # found, not imported
     places = list(spec.submodule_search_locations or []) if spec else []
     nets = ("pnet", "rnet", "onet")
@@ -146,57 +152,7 @@ def _weights() -> tuple[str, list[list[torch.Tensor]]]:
         raise VacliError(
             "the face detector's weights are missing; wanted the mtcnn 1.0 wheel; pip install mtcnn==1.0.0"
         )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return digest, [[_tensor(array) for array in joblib.load(file)] for file in files]
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    value = torch.from_numpy(np.asarray(array, np.float32))
-    if value.ndim == 4:
-        return value.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-    return value.flatten() if value.ndim == 3 else value.contiguous()  # PReLU slopes; dense layers and biases
-
-
-def _conv(w: list[torch.Tensor], i: int, x: torch.Tensor) -> torch.Tensor:
-    """Convolution and PReLU with the weights w[i], w[i+1], w[i+2]."""
-    return F.prelu(F.conv2d(x, w[i], w[i + 1]), w[i + 2])
-
-
-def _dense(w: list[torch.Tensor], i: int, x: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(w[i + 1], x, w[i])
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 3, 2, 1).flatten(1)  # width before height: the weights come from a column-major world
-
-
-def _pnet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(B, 3, H, W) -> score (B, h, w), box moves (B, 4, h, w)."""
-    x = F.max_pool2d(_conv(w, 0, x), 2, 2, ceil_mode=True)
-    x = _conv(w, 6, _conv(w, 3, x))
-    return F.conv2d(x, w[11], w[12]).softmax(1)[:, 1].numpy(), F.conv2d(x, w[9], w[10]).numpy()
-
-
-def _rnet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(N, 3, 24, 24) -> score (N,), box moves (N, 4)."""
-    x = F.max_pool2d(_conv(w, 0, x), 3, 2, ceil_mode=True)
-    x = F.max_pool2d(_conv(w, 3, x), 3, 2)
-    x = F.prelu(_dense(w, 9, _flat(_conv(w, 6, x))), w[11])
-    return _dense(w, 14, x).softmax(1)[:, 1], _dense(w, 12, x)
-
-
-def _onet(w: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(N, 3, 48, 48) -> score (N,), box moves (N, 4), points (N, 10): five x, then five y, in parts of the box."""
-    x = F.max_pool2d(_conv(w, 0, x), 3, 2, ceil_mode=True)
-    x = F.max_pool2d(_conv(w, 3, x), 3, 2)
-    x = F.max_pool2d(_conv(w, 6, x), 2, 2, ceil_mode=True)
-    x = F.prelu(_dense(w, 12, _flat(_conv(w, 9, x))), w[14])
-    return _dense(w, 19, x).softmax(1)[:, 1], _dense(w, 15, x), _dense(w, 17, x)
-
-
-def _normal(pictures: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in about [-1, 1], channels last in memory."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+    return files
 
 
 def _pyramid(frames: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -214,6 +170,8 @@ def _pyramid(frames: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
 
 def _reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The picture averaged down to size (width, height); by halves first, which is up to 6x faster."""
+    import cv2
+
     while picture.shape[0] >= 2 * size[1] and picture.shape[1] >= 2 * size[0]:
         half = (picture.shape[1] // 2, picture.shape[0] // 2)
         picture = cv2.resize(picture, half, interpolation=cv2.INTER_AREA)
@@ -221,7 +179,7 @@ def _reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _chunked(
-    net: Callable[..., tuple[torch.Tensor, ...]],
+    net: Callable[[np.ndarray], tuple[np.ndarray, ...]],
     frames: np.ndarray,
     owner: np.ndarray,
     boxes: np.ndarray,
@@ -232,12 +190,14 @@ def _chunked(
     for i in range(0, max(len(boxes), 1), CHUNK):
         some = zip(owner[i : i + CHUNK], boxes[i : i + CHUNK], strict=True)
         crops = np.array([_crop(frames[o], box, side) for o, box in some], np.uint8)
-        parts.append(net(_normal(crops.reshape(-1, side, side, 3))))
-    return [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
+        parts.append(net(crops.reshape(-1, side, side, 3)))
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def _crop(frame: np.ndarray, box: np.ndarray, side: int) -> np.ndarray:
     """(side, side, 3): the whole-pixel box of the frame, averaged down; black where it leaves the frame."""
+    import cv2
+
     x0, y0, x1, y1 = box.astype(int).tolist()
     inside = frame[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
     if inside.shape[0] != y1 - y0 or inside.shape[1] != x1 - x0:
@@ -421,7 +381,7 @@ class Faces:
     def __call__(self, video: Video, on_frames: Callable[[int], None] | None = None) -> Track:
         """(T, 15) float32, one row a decoded frame, NaN where nobody is seen; columns as `Detector` has them.
 
-        `on_frames` is told how many frames were done since it was last called. Raises VacliError where no frame
+        `on_frames` is told how many frames were done since it was last called. Raises MediaError where no frame
         decodes.
         """
         detections: list[np.ndarray] = []
@@ -438,6 +398,8 @@ class Faces:
             if on_frames is not None:
                 on_frames(len(rgb))
         if not times:
-            raise VacliError(f"{video.path}: no picture decodes; wanted a whole video; copy it again")
+            from .media import MediaError
+
+            raise MediaError(video.path, "no picture decodes; wanted a whole video; copy it again")
         times_s = np.concatenate(times)
         return Track(follow(detections, times_s, np.array(cuts)), times_s)

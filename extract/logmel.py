@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..store import Track
 
@@ -75,6 +74,8 @@ class LogMel:
 
 def log_mel(samples: np.ndarray, rate_hz: int) -> np.ndarray:
     """(S,) float32 samples -> (1 + (S - window) // hop, 64) float32 log-mel rows; no row if S < window."""
+    import torch
+
     window, hop = round(WINDOW_S * rate_hz), round(HOP_S * rate_hz)
     if len(samples) < window:
         return np.zeros((0, BANDS), np.float32)

@@ -7,28 +7,49 @@ import json
 import os
 import pickle
 import socket
+import sys
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-import timm
-import torch
-from safetensors.torch import load_file
-from torch import nn
 
 from .. import VacliError
 from ..store import Fingerprints
+
+if TYPE_CHECKING:  # 2 s and 4 s to import: only where a model is built, never for a recipe that needs none
+    import torch
+    from torch import nn
 
 DEFAULT_MODEL = "vit_large_patch16_224.mae"
 WEIGHTS_DIR = "VACLI_WEIGHTS"  # environment variable: a folder of weights; ./weights is looked in as well
 LICENCES = {
     "cc-by-nc-4.0": "weights under CC-BY-NC 4.0: not for commercial use",
 }
+_SAID = ("licence", "size", "mean", "std")  # by tuned weights of themselves
 # What the official MAE releases and fine-tuned checkpoints carry beside the encoder.
 _NOT_ENCODER = ("decoder_", "mask_token", "head.", "fc_norm.", "head_drop.")
 _OFFICIAL_FILES = {"vit_base": "mae_pretrain_vit_base.pth", "vit_large": "mae_pretrain_vit_large.pth"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is said of a model's published weights."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    license: str | None
+    hf_hub_id: str | None
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The official MAE weights as timm has them; they will not change, and a test compares.
+_KNOWN = {
+    name: Published((3, 224, 224), *_IMAGENET, "cc-by-nc-4.0", f"timm/{name}")
+    for name in ("vit_base_patch16_224.mae", DEFAULT_MODEL, "vit_huge_patch14_224.mae")
+}
 
 
 class EncoderError(VacliError):
@@ -62,16 +83,24 @@ class Mae:
         self.weights = Path(weights).absolute() if weights else _find_weights(model or DEFAULT_MODEL)
         described = _description(self.weights)
         self.model_name = model or described.get("model", DEFAULT_MODEL)
-        config = pretrained_config(self.model_name)
+        if self.model_name != described.get("model") or not described.keys() >= set(_SAID):
+            config = pretrained_config(self.model_name)
+            published = (config.license, config.input_size[-1], config.mean, config.std)
+            described = dict(zip(_SAID, published, strict=True)) | described
         self.note = described.get("note")
-        self.licence_id = described.get("licence", config.license)  # None: the weights are the user's own
+        self.licence_id = described["licence"]  # None: the weights are the user's own
         self.licence = LICENCES.get(str(self.licence_id))
-        self.size = int(described.get("size", config.input_size[-1]))
-        self.mean = tuple(described.get("mean", config.mean))
-        self.std = tuple(described.get("std", config.std))
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.device, self.model_name)
+        self.size = int(described["size"])
+        self.mean, self.std = tuple(described["mean"]), tuple(described["std"])
+        self._asked_device = device
+        if device is not None:
+            _device(device)
+        self.dtype = _dtype(dtype, device, self.model_name)
         self._fingerprints = fingerprints or Fingerprints()
+
+    @cached_property
+    def device(self) -> torch.device:
+        return _device(self._asked_device)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -108,16 +137,22 @@ class Mae:
     def dim(self) -> int:
         return int(self._vit.num_features)
 
-    @torch.inference_mode()
     def __call__(self, crops: np.ndarray) -> np.ndarray:
-        images = resize(torch.from_numpy(crops).to(self.device), self.size)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        import torch
+
+        casting = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+        with torch.inference_mode(), casting:
+            images = resize(torch.from_numpy(crops).to(self.device), self.size)
             tokens = self._vit.forward_features(normalise(images, self.mean, self.std))
         return tokens[:, 0].float().cpu().numpy()
 
 
 def pretrained_config(model: str) -> Any:
-    """What timm says of a model's published weights: input size, mean, std, licence. Raises EncoderError if unknown."""
+    """What timm says of a model's published weights, as `Published` has it. Raises EncoderError if unknown."""
+    if model in _KNOWN:
+        return _KNOWN[model]
+    import timm
+
     with contextlib.suppress(RuntimeError):  # a known model with an unknown tag
         if config := timm.get_pretrained_cfg(model):
             return config
@@ -128,6 +163,8 @@ def pretrained_config(model: str) -> Any:
 
 def build_vit(model: str, size: int) -> Any:
     """A timm ViT without its head. Raises EncoderError if it has no CLS token."""
+    import timm
+
     try:
         vit = timm.create_model(model, pretrained=False, num_classes=0, img_size=size)
     except (TypeError, RuntimeError, AssertionError) as e:  # a model that takes no img_size, or not this one
@@ -147,16 +184,20 @@ def resize(crops: torch.Tensor, size: int) -> torch.Tensor:
 
     Within 1 level of PIL's bicubic.
     """
+    import torch
+
     images = crops.permute(0, 3, 1, 2)
     if images.shape[-2:] == (size, size):
         return images
     pixels = images if images.device.type == "cpu" else images.float()  # torch resizes bytes on the CPU only
-    resized = nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
     return resized if resized.dtype == torch.uint8 else resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std by channel."""
+    import torch
+
     scale = 1.0 / (255.0 * torch.tensor(std, device=images.device)).view(1, 3, 1, 1)
     shift = (torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)).view(
         1, 3, 1, 1
@@ -185,6 +226,9 @@ def load_encoder(vit: nn.Module, weights: Path) -> None:
 
 
 def _state(weights: Path) -> dict[str, torch.Tensor]:
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if weights.suffix == ".safetensors":
             return load_file(weights)
@@ -214,8 +258,10 @@ def _description(weights: Path) -> dict[str, Any]:
         raise EncoderError(f"no weights at {weights}; wanted a .safetensors or .pth file")
     if weights.suffix != ".safetensors":
         return {}
+    import safetensors
+
     try:
-        with safetensors.safe_open(weights, "pt") as f:
+        with safetensors.safe_open(weights, "numpy") as f:  # "pt" would import torch
             return json.loads((f.metadata() or {}).get("vacli", "{}"))
     except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise EncoderError(
@@ -225,13 +271,13 @@ def _description(weights: Path) -> dict[str, Any]:
 
 def _find_weights(model: str) -> Path:
     """Local folders, then the Hugging Face cache, then the hub; an error at once where none has it."""
-    hub_id = pretrained_config(model).hf_hub_id
     official = [f for stem, f in _OFFICIAL_FILES.items() if model.startswith(stem) and model.endswith(".mae")]
     names = [f"{model}.safetensors", f"{model}.pth", *official]
     folders = [Path("weights"), *([Path(os.environ[WEIGHTS_DIR])] if WEIGHTS_DIR in os.environ else [])]
     for path in (folder / name for folder in folders for name in names):
         if path.is_file():
             return path.absolute()
+    hub_id = pretrained_config(model).hf_hub_id
     if hub_id:
         found = _from_hub(str(hub_id))
         if found:
@@ -260,21 +306,46 @@ def _from_hub(hub_id: str) -> Path | None:
 
 
 def _device(asked: str | None) -> torch.device:
+    import torch
+
     try:
         return torch.empty(0, device=asked or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # unknown, or not on this machine
         raise EncoderError(f"mae.device is {asked!r}, which torch has not here; wanted cpu or cuda") from e
 
 
-def _dtype(asked: str | None, device: torch.device, model: str) -> str:
+def _dtype(asked: str | None, device: str | None, model: str) -> str:
+    """bfloat16 on a GPU; on a CPU for models wide enough to gain, as narrow ones lose more to casting.
+
+    torch is asked (2 s to import) only where a look at the machine does not settle it.
+    """
     if asked is not None:
         if asked not in ("float32", "bfloat16"):
             raise EncoderError(f"mae.dtype is {asked!r}; wanted float32 or bfloat16")
         return asked
-    if device.type == "cuda":
+    wide = any(size in model for size in ("base", "large", "huge", "giant"))
+    if wide and _cpu_has_bfloat16():
+        return "bfloat16"  # whichever of the two it will be
+    if not wide and (device == "cpu" or (device is None and _no_gpu())):
+        return "float32"
+    import torch
+
+    if _device(device).type == "cuda" or (wide and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return "bfloat16"
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    wide = any(
-        size in model for size in ("base", "large", "huge", "giant")
-    )  # narrow ones lose more to casting
-    return "bfloat16" if has_bfloat16 and wide else "float32"
+    return "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Linux lists what oneDNN asks of a CPU for bfloat16, and nobody told oneDNN to use less; False if in doubt."""
+    if {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys():
+        return False
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        flags: set[str] = next((set(line.split()) for line in f if line.startswith("flags")), set())
+        return flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    return False
+
+
+def _no_gpu() -> bool:
+    """No driver of NVIDIA's, of WSL's or of AMD's; False if in doubt."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    return sys.platform == "linux" and not any(map(os.path.exists, drivers))

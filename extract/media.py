@@ -14,8 +14,8 @@ import av
 import numpy as np
 
 from .. import VacliError
+from . import SUFFIXES as SUFFIXES
 
-SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"})
 WANTED = "wanted mp4, mov, mkv, webm, avi or mpg"
 MAX_PIXELS = 8192 * 8192  # a picture larger than this is an attack or an accident
 BATCH_BYTES = 128 * 2**20  # a batch of large pictures is cut short here
@@ -30,6 +30,17 @@ _OPENING = {
     "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v",
     "protocol_whitelist": "file",
 }
+
+
+class MediaError(VacliError):
+    """What the bytes of a file are to blame for, so that it will be no other as long as they are the same.
+
+    reason: the text without the file's name, which may change.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,9 @@ class Video:
     """One video file; t = 0 is the earliest start of its pictures and its sound.
 
     Making one opens nothing. `check`, `frames` and `sound` each open the file afresh and read it once from its
-    beginning. They raise VacliError for what is no video of a known container; the first two also for one that has no
-    pictures or has some of more than 8192x8192 pixels.
+    beginning. They raise MediaError for what is no video of a known container; the first two also for one that has no
+    pictures or has some of more than 8192x8192 pixels. What may pass (the disk fails, memory is short) is a plain
+    VacliError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,14 +76,13 @@ class Video:
         return "; ".join(f"{kind}: {what}" for kind, what in self._damage.items()) or None
 
     def check(self) -> Streams:
-        """Opens the file and decodes its first picture. Raises VacliError where there is none."""
+        """Opens the file and decodes its first picture. Raises MediaError where there is none."""
         with self._open() as container:
             stream = self._pictures(container)
             first, _ = next(self._decode(container, stream, "pictures"), (None, None))
             if first is None:
-                raise VacliError(
-                    f"{self.path}: no picture could be decoded; wanted a whole video; copy it again or leave it out"
-                )
+                why = "no picture could be decoded; wanted a whole video; copy it again or leave it out"
+                raise MediaError(self.path, why)
             height, width = self._seen(first, stream).shape[:2]
             rate_hz = float(stream.average_rate) if stream.average_rate else None
             hint = stream.frames or round((container.duration or 0) / 1e6 * (rate_hz or 0))
@@ -136,19 +147,26 @@ class Video:
         if not self.path.is_file():
             raise VacliError(f"{self.path}: no such file; {WANTED}; check the path")
         try:
-            container = av.open(f"file:{self.path}", options=_OPENING)
+            container = av.open(f"file:{self.path}", options=_OPENING, metadata_errors="replace")
         except (av.FFmpegError, OSError) as e:
-            raise VacliError(
-                f"{self.path}: cannot be read as a video ({e.strerror}); {WANTED}, whole; copy or convert it again"
-            ) from e
-        with container:
-            yield container
+            why = f"cannot be read as a video ({e.strerror}); {WANTED}, whole; copy or convert it again"
+            # The machine may be to blame, or its FFmpeg. (Of Matroska cut off in its header that is said too, as an I/O
+            # error; to try it again costs little.)
+            if isinstance(e, OSError | MemoryError | LookupError):
+                raise VacliError(f"{self.path}: {why}") from e
+            raise MediaError(self.path, why) from e
+        try:
+            with container:
+                yield container
+        except (OSError, MemoryError) as e:
+            why = getattr(e, "strerror", None) or "out of memory"
+            raise VacliError(f"{self.path}: cannot be read to its end ({why}); run again") from e
 
     def _pictures(self, container: Any) -> Any:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             has = "only sound" if container.streams.audio else "neither pictures nor sound"
-            raise VacliError(f"{self.path}: no pictures, {has}; wanted a video; leave it out")
+            raise MediaError(self.path, f"no pictures, {has}; wanted a video; leave it out")
         if stream.codec_context is None:
             raise VacliError(
                 f"{self.path}: no decoder for its pictures; wanted a common codec; convert it to H.264"
@@ -166,8 +184,8 @@ class Video:
 
     def _refuse_huge(self, width: int, height: int) -> None:
         if width * height > MAX_PIXELS:
-            raise VacliError(
-                f"{self.path}: pictures of {width}x{height}; wanted at most 8192x8192; scale it down"
+            raise MediaError(
+                self.path, f"pictures of {width}x{height}; wanted at most 8192x8192; scale it down"
             )
 
     def _seen(self, frame: Any, stream: Any) -> np.ndarray:
@@ -196,6 +214,8 @@ class Video:
                     continue
             try:
                 frames = stream.decode(packet)  # None: what the decoder still holds back
+            except MemoryError:  # of FFmpeg too
+                raise
             except av.FFmpegError:
                 failed += 1
                 continue
@@ -230,11 +250,13 @@ class _Clock:
 
 
 def _packets(container: Any, lost: list[str]) -> Iterator[Any]:
-    """Every packet of every stream that holds data, then None, also where reading fails on the way."""
+    """Every packet of every stream that holds data, then None, also where damage ends the reading on the way."""
     try:
         for packet in container.demux():
             if packet.size:  # empty ones mark the end of a stream, or AVI's "same picture again"
                 yield packet
+    except (OSError, MemoryError):  # of FFmpeg too: the machine failed, not the file
+        raise
     except av.FFmpegError as e:
         lost.append(f"reading stopped: {e.strerror}")
     yield None

@@ -1,36 +1,32 @@
-"""The run of stage one: plan what is missing, decode, feed every encoder, store; go on from where it was stopped."""
+"""The run of stage one: find what is missing, decode, feed every encoder, store; go on from where it was stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import av
 import numpy as np
 from tqdm import tqdm
 
 from .. import VacliError, lookup
-from ..store import Fingerprints, Store, Track, combine, digest, folder_name
-from ..store.labels import VA_RECIPE, read_va
-from . import ENCODERS
-from .datasets import CROPS_RATE_HZ, Sample
-from .faces import Faces, align
-from .media import Video
+from ..store import Damaged, Fingerprints, Store, Track
+from ..store.labels import read_va
+from . import ENCODERS, canary
+from .datasets import Sample
+from .faces import align
+from .plan import Plan, Wanted
 
-_DECODER = f"PyAV {av.__version__.split('.')[0]}"
-PICTURES = {"decoder": _DECODER, "pictures": "every frame, upright, square pixels, at its own time"}
-SOUND = {"decoder": _DECODER, "sound": "mono, placed by its own timestamps, holes are silence"}
-GIVEN_CROPS = {
-    "track": "faces",
-    "version": 1,
-    "source": "aligned crops of the data set; file %05d is frame number, from 1",
-    "rate_hz_without_video": CROPS_RATE_HZ,
-}
 OWN_TRACKS = ("faces", "label.va")  # the names of tracks that no encoder makes
 _BATCH = 64
+_PIECE_ROWS = 1024  # written at once: a long stretch without a face takes no memory
+_REMEMBER_S = 5.0  # media digests are kept as often as this: they are one file that grows
 
 
 class Encoder(Protocol):
@@ -39,6 +35,7 @@ class Encoder(Protocol):
     eats "crops": called with aligned faces (B, 112, 112, 3) uint8 RGB, returns (B, D) floats, and says `dim`.
     (Where a data set brings its own crops they come in their own size.)
     eats "sound": says `rate_hz`, is called with an iterator of mono sample blocks, returns a Track.
+    A run first calls it with a small fixed input of that kind, the canary, and compares with earlier runs.
     options() are the arguments that make the same encoder again; `name` is what its tracks are called by default.
     """
 
@@ -50,21 +47,13 @@ class Encoder(Protocol):
     def __call__(self, data: Any) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A track some sample should have: where the store keeps it and who makes it."""
-
-    recipe: dict[str, Any]
-    media: str
-    maker: Any
-
-
 @dataclass
 class Outcome:
     """What became of one sample. complete: every track planned is stored. problem: something asked for could not
-    be had. warning: odd, but as it should be."""
+    be had. warning: odd, but as it should be. media: digest of what its pictures are made from."""
 
     sample: Sample
+    media: str = ""
     complete: bool = False
     tracks: dict[str, Wanted] = field(default_factory=dict)
     computed: list[str] = field(default_factory=list)
@@ -73,9 +62,7 @@ class Outcome:
 
     def frames_and_faces(self, tracks: dict[str, Track]) -> tuple[np.ndarray, np.ndarray]:
         """(T,) seconds of every frame and (T,) bool, where a face was seen, of the stored tracks of this sample."""
-        pictures = [
-            n for n, w in self.tracks.items() if n == "faces" or getattr(w.maker, "eats", "") == "crops"
-        ]
+        pictures = [n for n, w in self.tracks.items() if n == "faces" or w.eats == "crops"]
         if pictures:
             return tracks[pictures[0]].times_s, tracks[pictures[0]].valid
         times_s = self.sample.frame_times_s()
@@ -132,126 +119,223 @@ def extract(
     before is not computed again; stop it at any time and call it again. Raises a fatal VacliError for what would
     befall every video: a store that cannot be written, weights that do not fit.
     """
-    faces = Faces()
+    run = _Run(encoders, store, link)
     outcomes = []
     calm = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-    with tqdm(samples, desc="extract", unit="video", dynamic_ncols=True, mininterval=calm) as bar:
-        for sample in bar:
-            bar.set_postfix_str(sample.id[-40:], refresh=sys.stderr.isatty())
-            outcomes.append(_one(sample, encoders, faces, store, link, then))
-            store.remember_fingerprints()
-    return outcomes
-
-
-def _one(
-    sample: Sample,
-    encoders: dict[str, Encoder],
-    faces: Faces,
-    store: Store,
-    link: bool,
-    then: Callable[[Outcome], object] | None,
-) -> Outcome:
-    outcome = Outcome(sample)
+    due_s = time.monotonic() + _REMEMBER_S
     try:
-        outcome.tracks = plan(sample, encoders, faces, store.fingerprints)
-        missing = {n: w for n, w in outcome.tracks.items() if not store.has(w.recipe, w.media)}
-        for name, track, notes in _make(sample, outcome.tracks, missing, store):
-            wanted = outcome.tracks[name]
-            store.put(wanted.recipe, wanted.media, track, {"sample": sample.id, **notes})
-            outcome.computed.append(name)
-        outcome.complete = True
-        _take_notes(outcome, encoders, store)
-        if link:
-            facts = {
-                "root": str(sample.root),
-                "split": sample.split,
-                "media": sample.media(store.fingerprints),
-            }
-            store.link(sample.id, facts, {n: _address(w) for n, w in outcome.tracks.items()})
-        if then:
-            then(outcome)
-    except VacliError as e:
-        if e.fatal:
-            raise
-        outcome.problem = _one_line(e)
-    except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
-        outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
-    return outcome
+        with tqdm(samples, desc="extract", unit="video", dynamic_ncols=True, mininterval=calm) as bar:
+            for sample in bar:
+                bar.set_postfix_str(sample.id[-40:], refresh=sys.stderr.isatty())
+                outcomes.append(run.one(sample, then))
+                if time.monotonic() > due_s:
+                    store.remember_fingerprints()
+                    due_s = time.monotonic() + _REMEMBER_S
+    except BaseException:
+        with contextlib.suppress(VacliError):  # the first mishap is the one to tell
+            store.remember_fingerprints()
+        raise
+    store.remember_fingerprints()
+    return outcomes
 
 
 def _one_line(e: Exception) -> str:
     return " ".join(str(e).split())
 
 
-def _address(wanted: Wanted) -> dict[str, Any]:
-    """Where the track lies, and how to make its encoder again for other videos."""
-    address: dict[str, Any] = {"folder": folder_name(wanted.recipe), "media": wanted.media}
-    if hasattr(wanted.maker, "eats"):
-        made_by = type(wanted.maker)
-        path = f"{made_by.__module__}:{made_by.__qualname__}"
-        kind = next((name for name, known in ENCODERS.items() if known == path), path)
-        address["encoder"] = {"kind": kind, "options": wanted.maker.options()}
-    return address
-
-
-def plan(
-    sample: Sample, encoders: dict[str, Encoder], faces: Faces, fingerprints: Fingerprints
-) -> dict[str, Wanted]:
-    """Every track the sample should have, in the order they are made: faces, encoders, labels."""
-    pictures = sample.media(fingerprints)
-    tracks: dict[str, Wanted] = {}
-    if sample.crops is None:
-        seen_by = {**faces.recipe(), "made_from": digest(PICTURES)}
-        tracks["faces"] = Wanted(seen_by, pictures, faces)
-    else:
-        seen_by = {**GIVEN_CROPS, "made_from": digest(PICTURES)}
-    for name, encoder in encoders.items():
-        if encoder.eats == "crops":
-            tracks[name] = Wanted({**encoder.recipe(), "made_from": digest(seen_by)}, pictures, encoder)
-        elif sample.video is not None:
-            sound = fingerprints.file(sample.video)
-            tracks[name] = Wanted({**encoder.recipe(), "made_from": digest(SOUND)}, sound, encoder)
-    if sample.annotation is not None:
-        media = combine(fingerprints.file(sample.annotation), pictures)
-        tracks["label.va"] = Wanted({**VA_RECIPE, "made_from": digest(PICTURES)}, media, read_va)
-    return tracks
-
-
 # {"problem" | "damage" | "warning": text}; stored with the track, so without the file's name, which may change.
 Notes = dict[str, str]
-Made = tuple[str, Track, Notes]  # name, track, notes
+Crops = tuple[np.ndarray, np.ndarray]  # crops (n, H, W, 3) uint8, rows (n,): which frames they are of
 
 
-def _make(
-    sample: Sample, tracks: dict[str, Wanted], missing: dict[str, Wanted], store: Store
-) -> Iterator[Made]:
-    """Compute the missing tracks. Faces are one pass over the video, all frame encoders together another one."""
-    frame_times_s: np.ndarray | None = None
-    notes: Notes = {}
-    eaters = {n: w.maker for n, w in missing.items() if getattr(w.maker, "eats", "") == "crops"}
-    if sample.crops is None and missing:
-        assert sample.video is not None
+class _Run:
+    """What the samples of one run share: the plan, the names the store knew, the encoders whose canary is alive.
+
+    What opens videos is imported where it is done: a run that finds nothing missing needs none of it.
+    """
+
+    def __init__(self, encoders: dict[str, Encoder], store: Store, link: bool) -> None:
+        self._encoders, self._store, self._link = encoders, store, link
+        self._plan = Plan(encoders)
+        self._named = store.videos() if link else {}
+        self._row_shapes: dict[str, tuple[int, ...]] = {}  # by the recipe's digest
+        self._met: set[str] = set()  # digests of recipes that the store has tracks of
+
+    def one(self, sample: Sample, then: Callable[[Outcome], object] | None) -> Outcome:
+        """Everything for one sample. Raises only what would befall the others too."""
+        outcome = Outcome(sample)
+        try:
+            self._fill(outcome)
+            if then:
+                then(outcome)
+        except VacliError as e:
+            if e.fatal:
+                raise
+            outcome.problem = _one_line(e)
+        except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
+            outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
+        return outcome
+
+    def _fill(self, outcome: Outcome) -> None:
+        sample = outcome.sample
+        outcome.media = sample.media(self._store.fingerprints)
+        outcome.tracks = self._plan.tracks(sample, outcome.media, self._store.fingerprints)
+        records = {name: self._record(wanted) for name, wanted in outcome.tracks.items()}
+        failed = {name: record for name, record in records.items() if record and "failed" in record}
+        missing = {name: outcome.tracks[name] for name, record in records.items() if record is None}
+        notes = {name: record["provenance"] for name, record in records.items() if record}
+        if missing and "faces" not in failed:  # else there is nothing to make the others from
+            for name, new in self._make(outcome, missing):
+                notes[name] = new
+                outcome.computed.append(name)
+        if failed:
+            raise VacliError(f"{sample.source}: {_known(sample, list(failed.values()))}")
+        outcome.complete = True
+        _tell(outcome, list(notes.values()), self._encoders)
+        if self._link:
+            self._name(outcome)
+
+    def _record(self, wanted: Wanted) -> dict[str, Any] | None:
+        """The commit record of what the store has, be it a tombstone; None where it has nothing whole."""
+        try:
+            record = self._store.record(wanted.entry)
+        except KeyError:
+            return None
+        except Damaged:
+            record = {}
+        if (record.get("recipe"), record.get("media")) != (wanted.kind.digest, wanted.media):
+            self._store.has(wanted.recipe, wanted.media)  # sets it aside
+            return None
+        if wanted.kind.digest not in self._met:  # `record` goes by the entry's name alone
+            self._store.has(wanted.recipe, wanted.media)  # mends the readable recipe beside the tracks
+            self._met.add(wanted.kind.digest)
+        return record
+
+    def _name(self, outcome: Outcome) -> None:
+        """Tell the store's list of videos what is new to it."""
+        sample, old = outcome.sample, self._named.get(outcome.sample.id)
+        linked = {name: {**w.kind.address, "media": w.media} for name, w in outcome.tracks.items()}
+        same = old and old["media"] == outcome.media and sample.split in (None, old["split"])
+        if not (old and same and all(old["tracks"].get(name) == track for name, track in linked.items())):
+            facts = {"root": str(sample.root), "split": sample.split, "media": outcome.media}
+            self._store.link(sample.id, facts, linked)
+
+    # ---- making what is missing ------------------------------------------------------------------------------
+
+    def _make(self, outcome: Outcome, missing: dict[str, Wanted]) -> Iterator[tuple[str, Notes]]:
+        """Compute and store tracks, each told with its notes once it is stored.
+
+        Faces are one pass over the video, all frame encoders together another one, each sound encoder its own.
+        """
+        sample = outcome.sample
+        eaters, hearers = (
+            {n: w for n, w in missing.items() if w.eats == food} for food in ("crops", "sound")
+        )
+        for wanted in (eaters | hearers).values():  # before anything is decoded
+            if wanted.kind.digest not in self._row_shapes:
+                shape = canary.check(self._store, wanted.recipe, wanted.maker)
+                self._row_shapes[wanted.kind.digest] = shape
         if "faces" in missing:
-            yield "faces", *_watched(sample, missing["faces"].maker)
-        faces = store.get(tracks["faces"].recipe, tracks["faces"].media)
-        frame_times_s = faces.times_s
+            with self._burying(outcome, ["faces"]):
+                track, notes = _watched(sample, missing["faces"].maker)
+            yield self._put(outcome, "faces", track, notes)
+        by_frame = [name for name in missing if name in (*eaters, "label.va")]
+        if by_frame:
+            with self._burying(outcome, by_frame):
+                times_s, batches, notes = self._frames(outcome)
         if eaters:
-            yield from _encode(_aligned(sample, faces), eaters, frame_times_s, notes)
-    elif eaters or "label.va" in missing:
-        frame_times_s, damage = sample.frame_clock()
-        notes = _damaged(damage)
-        if eaters:
-            yield from _encode(sample.read_crops(len(frame_times_s)), eaters, frame_times_s, notes)
-    for name, wanted in missing.items():
-        if getattr(wanted.maker, "eats", "") == "sound":
-            assert sample.video is not None
-            video = Video(sample.video)
-            track = wanted.maker(video.sound(wanted.maker.rate_hz))
-            yield name, track, _damaged(video.damage) | ({} if len(track) else SILENT)
-    if "label.va" in missing:
-        assert sample.annotation is not None
-        assert frame_times_s is not None
-        yield "label.va", read_va(sample.annotation, frame_times_s), notes
+            with self._burying(outcome, eaters):
+                notes = self._encode(outcome, eaters, batches, times_s, notes)
+            yield from ((name, notes) for name in eaters)
+        for name, wanted in hearers.items():
+            with self._burying(outcome, [name]):
+                track, notes = _heard(sample, wanted.maker)
+            yield self._put(outcome, name, track, notes)
+        if "label.va" in missing:
+            assert sample.annotation is not None
+            yield self._put(outcome, "label.va", read_va(sample.annotation, times_s), notes)
+
+    def _frames(self, outcome: Outcome) -> tuple[np.ndarray, Iterator[Crops], Notes]:
+        """The times of all frames (T,), and the crops to be had of them."""
+        sample = outcome.sample
+        if sample.crops is None:
+            wanted = outcome.tracks["faces"]
+            faces = self._store.get(wanted.recipe, wanted.media)
+            return faces.times_s, _aligned(sample, faces), {}
+        times_s, damage = sample.frame_clock()
+        return times_s, sample.read_crops(len(times_s)), _damaged(damage)
+
+    def _encode(
+        self,
+        outcome: Outcome,
+        eaters: dict[str, Wanted],
+        batches: Iterator[Crops],
+        times_s: np.ndarray,
+        notes: Notes,
+    ) -> Notes:
+        """One pass of crops through every encoder and on to the disk; rows without a crop are NaN.
+
+        The space on the disk is taken before the first crop is encoded. Returns what there is to note of the tracks.
+        """
+        first = list(itertools.islice(batches, 1))
+        notes = notes if first else notes | _unseen(len(times_s))
+        with contextlib.ExitStack() as stack, _frame_bar("encode", len(times_s)) as bar:
+            writers = {
+                name: stack.enter_context(
+                    self._store.writing(
+                        wanted.recipe,
+                        wanted.media,
+                        len(times_s),
+                        self._row_shapes[wanted.kind.digest],
+                        np.float16,
+                        {"sample": outcome.sample.id, **notes},
+                    )
+                )
+                for name, wanted in eaters.items()
+            }
+            done = 0
+            for crops, rows in itertools.chain(first, batches):
+                end = int(rows[-1]) + 1
+                for name, wanted in eaters.items():
+                    _append(writers[name], times_s[:end], done, wanted.maker(crops), rows)
+                bar.update(end - done)
+                done = end
+            for name, wanted in eaters.items():
+                nothing = np.empty((0, *self._row_shapes[wanted.kind.digest]), np.float16)
+                _append(writers[name], times_s, done, nothing, np.empty(0, int))
+            self._refuse_changed(outcome)
+        return notes
+
+    def _put(self, outcome: Outcome, name: str, track: Track, notes: Notes) -> tuple[str, Notes]:
+        wanted = outcome.tracks[name]
+        self._refuse_changed(outcome)
+        self._store.put(wanted.recipe, wanted.media, track, {"sample": outcome.sample.id, **notes})
+        return name, notes
+
+    def _refuse_changed(self, outcome: Outcome) -> None:
+        """What was read while it was being written is of no medium that has a name."""
+        if outcome.sample.media(self._store.fingerprints) != outcome.media:
+            raise VacliError(f"{outcome.sample.source}: it changed while it was read; run again")
+
+    @contextlib.contextmanager
+    def _burying(self, outcome: Outcome, names: Iterable[str]) -> Iterator[None]:
+        """Of what the bytes are to blame for the next run is told at once: these tracks can never be made of them."""
+        from .media import MediaError
+
+        try:
+            yield
+        except MediaError as e:
+            self._refuse_changed(outcome)
+            for wanted in (outcome.tracks[name] for name in names):
+                self._store.fail(wanted.recipe, wanted.media, e.reason, {"sample": outcome.sample.id})
+            raise
+
+
+def _known(sample: Sample, tombstones: list[dict[str, Any]]) -> str:
+    """What an earlier run found; the same bytes may have had another name then."""
+    reasons = "; ".join(dict.fromkeys(t["failed"] for t in tombstones))
+    name = shlex.quote(tombstones[0]["provenance"].get("sample", sample.id))
+    return f"{reasons} (known from an earlier run; `vacli store rm {name}` to try again)"
 
 
 SILENT = {"problem": "it has no sound; its curve rests on the picture alone"}
@@ -265,7 +349,9 @@ def _unseen(rows: int) -> Notes:
     return {"warning": f"no face in any of its {rows} frames"}
 
 
-def _watched(sample: Sample, faces: Faces) -> tuple[Track, Notes]:
+def _watched(sample: Sample, faces: Any) -> tuple[Track, Notes]:
+    from .media import Video
+
     assert sample.video is not None
     video = Video(sample.video)
     hint = video.check().frames_hint
@@ -276,6 +362,8 @@ def _watched(sample: Sample, faces: Faces) -> tuple[Track, Notes]:
 
 def _aligned(sample: Sample, faces: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Aligned crops of the followed face: (crops (n, 112, 112, 3), rows (n,)), in order."""
+    from .media import Video
+
     assert sample.video is not None
     points, valid = faces.values[:, 4:14].reshape(-1, 5, 2), faces.valid
     crops: list[np.ndarray] = []
@@ -298,28 +386,23 @@ def _aligned(sample: Sample, faces: Track) -> Iterator[tuple[np.ndarray, np.ndar
         yield np.stack(crops), np.array(rows)
 
 
-def _encode(
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    encoders: dict[str, Any],
-    times_s: np.ndarray,
-    notes: Notes,
-) -> Iterator[Made]:
-    """One pass of crops through every encoder. Rows without a crop stay NaN."""
-    values: dict[str, np.ndarray] = {}
-    with _frame_bar("encode", len(times_s)) as bar:
-        for crops, rows in batches:
-            for name, encoder in encoders.items():
-                out = encoder(crops)
-                if name not in values:
-                    values[name] = np.full((len(times_s), *out.shape[1:]), np.nan, np.float16)
-                values[name][rows] = out
-            bar.update(int(rows[-1]) + 1 - bar.n)
-    for name, encoder in encoders.items():
-        if name not in values:  # no face in any frame
-            nothing = np.full((len(times_s), encoder.dim), np.nan, np.float16)
-            yield name, Track(nothing, times_s), notes | _unseen(len(times_s))
-        else:
-            yield name, Track(values[name], times_s), notes
+def _heard(sample: Sample, encoder: Any) -> tuple[Track, Notes]:
+    from .media import Video
+
+    assert sample.video is not None
+    video = Video(sample.video)
+    track = encoder(video.sound(encoder.rate_hz))
+    return track, _damaged(video.damage) | ({} if len(track) else SILENT)
+
+
+def _append(writer: Any, times_s: np.ndarray, done: int, values: np.ndarray, rows: np.ndarray) -> None:
+    """Rows `done` to len(times_s) onto a writer: `values` at `rows`, else NaN."""
+    for low in range(done, len(times_s), _PIECE_ROWS):
+        here = (low <= rows) & (rows < low + _PIECE_ROWS)
+        times = times_s[low : low + _PIECE_ROWS]
+        piece = np.full((len(times), *values.shape[1:]), np.nan, np.result_type(values, np.float16))
+        piece[rows[here] - low] = values[here]
+        writer.append(piece, times)
 
 
 def _frame_bar(doing: str, total: int | None) -> tqdm:
@@ -327,9 +410,8 @@ def _frame_bar(doing: str, total: int | None) -> tqdm:
     return tqdm(total=total, desc=doing, unit="frame", leave=False, dynamic_ncols=True, disable=None)
 
 
-def _take_notes(outcome: Outcome, encoders: dict[str, Encoder], store: Store) -> None:
+def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder]) -> None:
     """The notes of all its tracks, also of those stored by an earlier run: what was wrong then still is."""
-    notes = [store.provenance(w.recipe, w.media) for w in outcome.tracks.values()]
     told = {k: list(dict.fromkeys(n[k] for n in notes if k in n)) for k in ("damage", "problem", "warning")}
     if told["damage"]:
         told["problem"] += [*told["damage"], "what could be read is kept; get a whole copy"]

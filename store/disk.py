@@ -7,10 +7,12 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_KILLED_S = 30  # a mark that stands unchanged for so long was left by a killed process
 
 
 class NewFile:
@@ -79,8 +81,16 @@ def make_folder(path: Path) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """The folder and those above it, where they are not there yet; each durable in the one above it."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+    """The folder and those above it, where they are not there yet; each durable in the one above it.
+
+    So is one found there: its maker may have been killed before it was, or not be that far yet.
+    """
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if os.access(path.parent, os.R_OK):  # else it is none of ours
+        sync_folder(path.parent)
     for folder in reversed(missing):
         with contextlib.suppress(FileExistsError):  # somebody else was quicker
             os.mkdir(folder)
@@ -90,7 +100,13 @@ def make_folders(path: Path) -> None:
 def sync_folder(path: Path) -> None:
     """The names in a folder, onto the disk."""
     with open_folder(path) as fd:
-        os.fsync(fd)
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if (
+                e.errno != errno.EINVAL
+            ):  # some network file systems write names at once, and know no fsync of folders
+                raise
 
 
 def rename(old: Path, new: Path) -> None:
@@ -130,6 +146,56 @@ def lock(fd: int, shared: bool = False, wait: bool = True) -> bool | None:
             raise
         return None
     return True
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, mark: Path) -> Iterator[None]:
+    """Waits until no other process, nor thread, is in here with the same file.
+
+    It takes a file that may be written: over NFS a lock of a folder, or of a file opened for reading, ends at the
+    machine. Where the disk knows no locks, it is whoever could make the file `mark`.
+    """
+    fd, locked = _waited_for(path)
+    try:
+        with contextlib.nullcontext() if locked else _by_making(mark):
+            yield
+    finally:
+        os.close(fd)
+
+
+def _waited_for(path: Path) -> tuple[int, bool]:
+    """A descriptor of the file that stands there now, and whether it is locked: not if the disk knows no locks."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            locked = lock(fd) is not None
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else it was replaced while we waited
+                return fd, locked
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _by_making(mark: Path) -> Iterator[None]:
+    seen, since_s = None, time.monotonic()
+    while True:
+        try:
+            NewFile(mark).close()
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                s = os.stat(mark)
+                if (s.st_ino, s.st_mtime_ns) != seen:
+                    seen, since_s = (s.st_ino, s.st_mtime_ns), time.monotonic()
+                elif time.monotonic() - since_s > _KILLED_S:
+                    os.unlink(mark)
+            time.sleep(0.002)
+    try:
+        yield
+    finally:
+        remove(mark)
 
 
 def read_small(path: Path, limit: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from .. import VacliError
 from . import disk
-from .recipe import digest
+from .recipe import JSON_DEPTH, check_json, digest
 from .track import Track, check_rows, check_times
 
 JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
@@ -31,8 +32,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _BLOCK = 256 * 1024  # bytes checked at once: what stays in the processor's cache
 NAME = re.compile(r"[0-9a-f]{24}")  # of an entry in its folder
+_CHUNK_LIMIT = 2**40  # bytes; a sparse file could claim more, and reading it would take an hour
+_ROW_LIMIT = 2**24  # numbers in a row
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
-_seen_right: set[tuple[int, int, int, int, int]] = set()  # chunks whose checksum this process has verified
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_seen_right: set[tuple[int, ...]] = set()  # chunks whose checksum this process has verified
 
 
 class Damaged(VacliError):
@@ -90,7 +94,7 @@ class Writer:
             with self._told():
                 for block in _blocks(batch.values):
                     self._crc = google_crc32c.extend(self._crc, block)
-                    self._sha.update(block)
+                    self._sha.update(block.data)
                     self._chunk.write(block.data)
             self._times.append(batch.times_s)
 
@@ -142,8 +146,17 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """The commit record with its own digest; the folder is an entry from now on."""
-    disk.write_file(folder / "zarr.json", group_json({**record, "digest": digest(record)}))
+    """The commit record with its own digest; the folder is an entry from now on.
+
+    Raises ValueError for a record that could not be read back: a provenance of 64 kB, a medium that is no digest.
+    """
+    text = group_json({**record, "digest": digest(record)})
+    if len(text) > JSON_LIMIT:
+        raise ValueError(
+            f"the record of a track has {len(text)} bytes, more than {JSON_LIMIT}: note less in it"
+        )
+    parse_record(text, f"@{record['recipe'][:16]}", record["media"][:24])
+    disk.write_file(folder / "zarr.json", text)
     disk.sync_folder(folder)
 
 
@@ -176,10 +189,19 @@ def chunk_name(ndim: int) -> str:
 # ---- checking and reading ------------------------------------------------------------------------------------
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def parse_group(text: bytes) -> dict[str, Any]:
     """Our attributes in a group's zarr.json. Raises ValueError."""
     try:
-        attributes = json.loads(text)["attributes"]["vacli"]
+        attributes = _DECODER.decode(text.decode())["attributes"]["vacli"]
+        if text.count(b"{") + text.count(b"[") > JSON_DEPTH:  # a usual record has ten: looked at thousands of times
+            check_json(attributes)
     except (RecursionError, KeyError, TypeError) as e:  # 200,000 nested brackets; not ours
         raise ValueError(f"no attributes of vacli ({type(e).__name__})") from e
     if not isinstance(attributes, dict):
@@ -194,10 +216,12 @@ def parse_record(text: bytes, folder: str, name: str) -> dict[str, Any]:
         own = record.pop("digest")
         if own != digest(record, of_json=True):
             raise ValueError("its record has been changed")
+        if not all(_SHA256.fullmatch(record[key]) for key in ("recipe", "media")):
+            raise ValueError("its record belongs to another key, which is no digest")
         if not folder.endswith(f"@{record['recipe'][:16]}") or name != record["media"][:24]:
             raise ValueError("its record belongs to another track")
-        if not isinstance(record["provenance"], dict):
-            raise ValueError("its provenance is no table")
+        if not isinstance(record["provenance"], dict) or not isinstance(record.get("failed", ""), str):
+            raise ValueError("its provenance is no table, or its failure no text")
         if "failed" not in record:
             _check_arrays(record)
     except (KeyError, TypeError, AttributeError) as e:
@@ -207,25 +231,30 @@ def parse_record(text: bytes, folder: str, name: str) -> dict[str, Any]:
 
 def _check_arrays(record: dict[str, Any]) -> None:
     attempt = record.get("attempt", "")
-    if attempt and not _ATTEMPT.fullmatch(attempt):
+    if attempt != "" and not _ATTEMPT.fullmatch(attempt):
         raise ValueError(f"its attempt is {attempt!r:.40}")
     for name in ARRAYS:
-        shape = record["arrays"][name]["shape"]
+        array = record["arrays"][name]
+        shape, dtype = array["shape"], array["dtype"]
         if (
-            not all(type(n) is int and 0 <= n < 2**48 for n in shape)
-            or record["arrays"][name]["dtype"] not in _DTYPES
+            not isinstance(shape, list)
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or dtype not in _DTYPES
+            or math.prod(shape[1:]) > _ROW_LIMIT
+            or chunk_bytes(array) > _CHUNK_LIMIT
         ):
-            raise ValueError(
-                f"{name} has shape {shape!r:.80} and dtype {record['arrays'][name]['dtype']!r:.40}"
-            )
+            raise ValueError(f"{name} has shape {shape!r:.80} and dtype {dtype!r:.40}")
+        if type(array["crc32c"]) is not int or not _SHA256.fullmatch(array["sha256"]):
+            raise ValueError(f"{name} has the checksums {array['crc32c']!r:.40} and {array['sha256']!r:.80}")
     values, times_s = (record["arrays"][n] for n in ARRAYS)
     if (
         len(values["shape"]) not in (2, 3)
         or 0 in values["shape"][1:]
         or times_s["shape"] != values["shape"][:1]
         or times_s["dtype"] != "float64"
+        or values["dtype"] == "float64"
     ):
-        raise ValueError(f"values {values['shape']!r:.80} and times_s {times_s['shape']!r:.80} do not fit")
+        raise ValueError(f"values {values!r:.160} and times_s {times_s!r:.160} do not fit")
 
 
 def nbytes_of(record: dict[str, Any]) -> int:
@@ -247,9 +276,11 @@ def check(entry: Path) -> dict[str, Any]:
     Raises FileNotFoundError if there is no such entry, Damaged, Unreadable.
     """
     try:
+        _refuse_links(str(entry.parent), str(entry))
         text = disk.read_small(entry / "zarr.json", JSON_LIMIT)
         record = parse_record(text, entry.parent.name, entry.name)
-        _check_files(str(entry), record)
+        if "arrays" in record:
+            _check_files(str(entry), record)
         return record
     except (OSError, ValueError) as e:
         if not os.path.lexists(entry):
@@ -258,17 +289,19 @@ def check(entry: Path) -> dict[str, Any]:
 
 
 def _check_files(entry: str, record: dict[str, Any]) -> None:
-    """Folders that are folders, chunks of the right size; no link anywhere. Paths are text: it is done for thousands."""
+    """Folders that are folders, chunks of the right size. Plain text paths: it is done for thousands."""
     inner = _inner(entry, record)
-    folders = [entry[: entry.rindex("/")], entry]
-    folders += [inner] if inner != entry else []
-    for name in ARRAYS if "arrays" in record else ():
-        folders.append(f"{inner}/{name}")
+    _refuse_links(inner, *(f"{inner}/{name}" for name in ARRAYS))
+    for name in ARRAYS:
         wanted = chunk_bytes(record["arrays"][name])
         if wanted:
             found = os.lstat(_chunk(inner, record, name))
             if not stat.S_ISREG(found.st_mode) or found.st_size != wanted:
                 raise ValueError(f"{name} is not the {wanted} bytes its record says")
+
+
+def _refuse_links(*folders: str) -> None:
+    """Before anything in them is opened: what lies elsewhere is not the store's."""
     if any(stat.S_ISLNK(os.lstat(folder).st_mode) for folder in folders):
         raise ValueError("a link stands in the place of a folder")
 
@@ -341,7 +374,12 @@ def _map(entry: Path, record: dict[str, Any], name: str, again: bool) -> np.ndar
 
 
 def _check_metadata(entry: Path, record: dict[str, Any]) -> None:
-    for name in ARRAYS:
-        array, path = record["arrays"][name], Path(_inner(str(entry), record), name, "zarr.json")
-        if disk.read_small(path, JSON_LIMIT) != array_json(array["shape"], array["dtype"]):
+    inner = Path(_inner(str(entry), record))
+    wanted = {
+        name: array_json(record["arrays"][name]["shape"], record["arrays"][name]["dtype"]) for name in ARRAYS
+    }
+    if inner != entry:
+        wanted["."] = group_json({})
+    for name, text in wanted.items():
+        if disk.read_small(inner / name / "zarr.json", JSON_LIMIT) != text:
             raise ValueError(f"the metadata of {name} has been changed")

@@ -93,8 +93,9 @@ class Garbage:
 def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
     """What killed writers left, what was set aside as damaged, and the tracks of recipes nobody refers to.
 
-    A recipe is referred to by a video's names, by a run below one of `runs`, or by a recipe that is and that was made
-    from it. Raises VacliError where a run cannot be read: its features would be taken for garbage.
+    A recipe is referred to by a video's names, by a run below one of `runs` (whose encoder it is), or by a recipe that
+    is referred to and was made from it; one that cannot be read is left alone. Raises VacliError where a run cannot
+    be read: its features would be taken for garbage.
     """
     left = [
         Garbage(f".staging/{p.name}", "left by a killed process", _size(p), path=p)
@@ -110,23 +111,38 @@ def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
         if name.partition("/")[0] in unused:
             unused[name.partition("/")[0]].append(e)
     why = "no video and no run refers to this recipe"
+    left += [Garbage(name, "an upload that was never finished", n) for name, n in store.at.orphans().items()]
     return left + aside + [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
 
 
 def _used(store: Store, runs: list[Path]) -> set[str]:
+    folders = {f: _recipe(store, f) for f in store.folders()}
     used = {t["folder"] for facts in store.videos().values() for t in facts["tracks"].values()}
+    used |= {f for f, recipe in folders.items() if not recipe}
     for about in _runs(runs):
         used |= {s["folder"] for s in about["streams"].values()} | {about["label"]["folder"]}
-    by_digits = {f.rpartition("@")[2]: f for f in store.folders()}
-    waiting = [f for f in used if f in by_digits.values()]
+        # prediction takes the run's encoder to faces found otherwise than those it was trained on
+        encoders = [_but_for_its_source(s.get("recipe", {})) for s in about["streams"].values()]
+        used |= {f for f, recipe in folders.items() if recipe and _but_for_its_source(recipe) in encoders}
+    by_digits = {f.rpartition("@")[2]: f for f in folders}
+    waiting = [f for f in used if f in folders]
     while waiting:
-        with contextlib.suppress(Damaged):  # a recipe that cannot be read refers to nothing we could find
-            made_from = store.recipe_of(waiting.pop()).get("made_from")
-            source = by_digits.get(str(made_from)[:16])
-            if source and source not in used:
-                used.add(source)
-                waiting.append(source)
+        source = by_digits.get(str(folders[waiting.pop()].get("made_from"))[:16])
+        if source and source not in used:
+            used.add(source)
+            waiting.append(source)
     return used
+
+
+def _recipe(store: Store, folder: str) -> dict[str, Any]:
+    try:
+        return store.recipe_of(folder)
+    except Damaged:
+        return {}
+
+
+def _but_for_its_source(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in recipe.items() if k != "made_from"}
 
 
 def _runs(runs: list[Path]) -> Iterator[dict[str, Any]]:

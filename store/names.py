@@ -7,10 +7,15 @@ import re
 import unicodedata
 from typing import Any
 
+from .recipe import TRACK_NAME, digest
+
 _PART_BYTES, _ID_BYTES = 180, 600  # room for a suffix within the 255 bytes of most file systems
 _FORBIDDEN = set('<>:"|?*\\')
-_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{16}")
+_WINDOWS = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com\d|lpt\d) *(\..*)?", re.IGNORECASE | re.DOTALL)
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
+FOLDER = re.compile(TRACK_NAME.pattern + "@[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,8 +41,8 @@ def _is_plain(part: str) -> bool:
         part != ""
         and not part.startswith((".", " ", "-", "~"))
         and not part.endswith((".", " "))
-        and not any(unicodedata.category(c)[0] == "C" or c in _FORBIDDEN for c in part)
-        and not any(unicodedata.category(c) in ("Zl", "Zp") for c in part)
+        and not any((unicodedata.category(c)[0] in "CZ" and c != " ") or c in _FORBIDDEN for c in part)
+        and not _UNSEEN.search(part)  # letters and marks without a picture; the categories do not tell them
         and unicodedata.normalize("NFKC", part) == part
         and len(part.encode()) <= _PART_BYTES
         and not _WINDOWS.fullmatch(part)
@@ -46,12 +51,21 @@ def _is_plain(part: str) -> bool:
 
 def folder_of(video_id: str) -> str:
     """The folder of an id below `videos/`: a digest, so no id can lead anywhere else."""
-    return hashlib.sha256(video_id.encode()).hexdigest()[:24]
+    return hashlib.sha256(video_id.encode(errors="surrogatepass")).hexdigest()[:24]
+
+
+def record(video_id: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What lies in `videos/<folder>`: the id and its facts, with their digest."""
+    found = {"id": video_id, **facts}
+    return {**found, "digest": digest(found)}
 
 
 def checked(folder: str, found: Any) -> tuple[str, dict[str, Any]]:
     """(id, facts) of what lies in `videos/<folder>`. Raises ValueError if it is not what we would have written."""
     facts = dict(found)
+    own = facts.pop("digest", None)
+    if own is not None and own != digest(facts, of_json=True):
+        raise ValueError("it has been changed")
     video_id = facts.pop("id")
     if plain_id(video_id) != video_id or folder_of(video_id) != folder:
         raise ValueError(f"the id {video_id!r:.80} does not belong here")
@@ -61,9 +75,13 @@ def checked(folder: str, found: Any) -> tuple[str, dict[str, Any]]:
 def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts of a video, if they have the right form; else ValueError."""
     root, media, split, tracks = (facts[k] for k in ("root", "media", "split", "tracks"))
-    if not isinstance(root, str) or not isinstance(split, str | None) or not isinstance(media, str | None):
-        raise ValueError("root, media and split must be text")
+    if not isinstance(root, str) or not isinstance(split, str | None):
+        raise ValueError(f"root and split must be text, got {root!r:.80} and {split!r:.80}")
+    if media is not None and not _SHA256.fullmatch(media):
+        raise ValueError(f"the medium must be a SHA-256, got {media!r:.80}")
     for name, track in tracks.items():
+        if not TRACK_NAME.fullmatch(name):
+            raise ValueError(f"the name of a track must match {TRACK_NAME.pattern}, got {name!r:.80}")
         if not FOLDER.fullmatch(track["folder"]) or not _SHA256.fullmatch(track["media"]):
             raise ValueError(f"track {name!r:.80} points to {track['folder']!r:.80} {track['media']!r:.80}")
     return facts

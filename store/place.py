@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import platform
 import time
 import uuid
 import weakref
@@ -15,8 +17,15 @@ from typing import Any
 from .. import VacliError
 from . import disk, entry
 from .entry import Damaged
+from .track import Track
 
-_LEFT_S, _LEFT_UNLOCKED_S = 60, 24 * 3600  # age of leftovers that may be swept; where the disk knows no locks
+_LEFT_S, _LEFT_UNLOCKED_S = (
+    60,
+    24 * 3600,
+)  # age of leftovers that may be swept; of those whose lock we might not see
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[
+    :8
+]  # over NFS another machine's locks are not seen
 
 
 class StoreError(VacliError):
@@ -31,12 +40,15 @@ class Place:
     Methods raise OSError; `told` makes it a StoreError.
     """
 
-    attempt = ""  # below which name in its entry a new track's arrays lie: on a disk, right in it
-
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.path, self.name = folder, name or str(folder)
         self._session: int | None = None
         self.locks = True
+
+    @property
+    def attempt(self) -> str:
+        """Below which name in its entry a new track's arrays lie: on a disk, right in it."""
+        return ""
 
     @contextlib.contextmanager
     def told(self, doing: str) -> Iterator[None]:
@@ -55,15 +67,13 @@ class Place:
 
     def absent(self) -> bool:
         """Nothing there, or what a creation stopped half-way leaves."""
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and {e.name for e in self.path.iterdir()} <= {".staging"}
+        with self.told("look for a store"):
+            if not self.path.exists():
+                return True
+            return self.path.is_dir() and {e.name for e in self.path.iterdir()} <= {".staging"}
 
     def create(self, attributes: dict[str, Any]) -> None:
         """Make it; the group's zarr.json comes last."""
-        disk.make_folders(self.path / ".staging")
-        if not (self.path / ".staging" / "zarr.json").exists():
-            self.save_here(".staging/zarr.json", entry.group_json({}))
         self.save("zarr.json", entry.group_json(attributes))
 
     def open(self) -> None:
@@ -116,7 +126,7 @@ class Place:
 
     def save_here(self, path: str, data: bytes) -> None:
         """As `save`, and only on this machine."""
-        target, aside = self.path / path, self.path / ".staging" / uuid.uuid4().hex
+        target, aside = self.path / path, self._staging() / _fresh()
         try:
             with disk.NewFile(aside) as f:
                 f.lock()
@@ -131,12 +141,25 @@ class Place:
 
     @contextlib.contextmanager
     def locked(self, folder: str) -> Iterator[None]:
-        """One writer in a folder (a group, made if absent) at a time, where the disk knows locks."""
+        """One writer in a folder (a group, made if absent) at a time."""
         if not (self.path / folder / "zarr.json").exists():
             self.save_here(f"{folder}/zarr.json", entry.group_json({}))
-        with disk.open_folder(self.path / folder) as fd:
-            disk.lock(fd)
+        with disk.one_at_a_time(self.path / folder / "zarr.json", self._staging() / f"{folder}.lock"):
             yield
+
+    def _staging(self) -> Path:
+        """The folder of what is being written, which a copy of a store may lack."""
+        inside = self.path / ".staging"
+        if not (inside / "zarr.json").exists():
+            disk.make_folders(inside)
+            aside = inside / _fresh()
+            try:
+                disk.write_file(aside, entry.group_json({}))
+                disk.rename(aside, inside / "zarr.json")
+            except BaseException:
+                disk.remove(aside)
+                raise
+        return inside
 
     # ---- entries -------------------------------------------------------------------------------------------
 
@@ -148,10 +171,14 @@ class Place:
         """The folder on this machine where the entry's files can be mapped."""
         return self.path / name
 
+    def read(self, name: str, record: dict[str, Any], everything: bool = False) -> Track:
+        """The Track of a checked record, mapped on this machine (entry.read). Raises Damaged, Unreadable."""
+        return entry.read(self.path / name, record, everything)
+
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
         """A fresh folder, locked while we live: a sweep by another process leaves it alone."""
-        staged = self.path / ".staging" / uuid.uuid4().hex
+        staged = self._staging() / _fresh()
         try:
             disk.make_folder(staged)
             with disk.open_folder(staged) as fd:
@@ -162,20 +189,38 @@ class Place:
 
     def commit(self, staged: Path, name: str, tombstone: bool) -> None:
         """Make a finished folder the entry, unless somebody was first: content-addressed, theirs is as good as ours."""
+        if not self._rename_to(staged, self.path / name):
+            with self.replacing():
+                self._replace(staged, name, tombstone)
+        disk.sync_folder((self.path / name).parent)
+
+    def _replace(self, staged: Path, name: str, tombstone: bool) -> None:
+        """A whole entry stays, but a tombstone gives way to a track; what is broken is set aside."""
+        ours = entry.parse_group(disk.read_small(staged / "zarr.json", entry.JSON_LIMIT))
         for _ in range(3):
-            if self._rename_to(staged, self.path / name):
-                break
             try:
-                if tombstone or "failed" not in entry.check(self.path / name):
-                    break
-                self.move(name, ".trash")  # a track comes to where a tombstone stood
+                theirs = self.record(name)
+                if any(theirs[key] != ours[key] for key in ("recipe", "media")):  # the same first digits
+                    raise entry.damaged(self.path / name, "its record belongs to another key")
+                if "failed" not in theirs:
+                    self.read(name, theirs, everything=True)
+                if tombstone or "failed" not in theirs:
+                    return
+                self.move(name, ".trash")
             except FileNotFoundError:
-                continue  # moved away since
+                pass  # moved away since
             except Damaged:
                 self.move(name, ".quarantine")
-        else:
-            raise OSError(errno.EBUSY, "others keep writing the same track")
-        disk.sync_folder((self.path / name).parent)
+            if self._rename_to(staged, self.path / name):
+                return
+        raise OSError(errno.EBUSY, "others keep writing the same track")
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """One at a time looks whether what stands in an entry's place is still to go, and takes it away."""
+        staging = self._staging()
+        with disk.one_at_a_time(staging / "zarr.json", staging / "replacing.lock"):
+            yield
 
     @staticmethod
     def _rename_to(staged: Path, place: Path) -> bool:
@@ -189,13 +234,14 @@ class Place:
 
     def move(self, name: str, hidden: str) -> Path | None:
         """Out of sight, into a hidden folder; None if it is not there."""
-        if not (self.path / hidden).is_dir():
+        if not (self.path / hidden / "zarr.json").exists():
             self.save_here(f"{hidden}/zarr.json", entry.group_json({}))
         aside = self.path / hidden / f"{name.replace('/', '.')}.{uuid.uuid4().hex[:8]}"
         try:
             disk.rename(self.path / name, aside)
         except FileNotFoundError:
             return None
+        disk.sync_folder(aside.parent)
         disk.sync_folder((self.path / name).parent)
         return aside
 
@@ -203,7 +249,11 @@ class Place:
 
     def leftovers(self) -> list[Path]:
         """What killed writers and removals left."""
-        return [p for hidden in (".staging", ".trash") for p in self.hidden(hidden) if _is_left(p)]
+        return [*filter(_is_left, self.hidden(".staging")), *self.hidden(".trash")]
+
+    def orphans(self) -> dict[str, int]:
+        """What belongs to no entry and lies elsewhere than on a disk: name, for `move`, -> bytes."""
+        return {}
 
     def hidden(self, folder: str) -> list[Path]:
         """What lies in .staging, .trash or .quarantine."""
@@ -211,8 +261,13 @@ class Place:
         return sorted(p for p in inside.iterdir() if p.name != "zarr.json") if inside.is_dir() else []
 
 
+def _fresh() -> str:
+    """A name in .staging that nobody has, and that says which machine sees its lock."""
+    return f"{_HERE}{uuid.uuid4().hex}"
+
+
 def _is_left(path: Path) -> bool:
-    """No living writer holds it: a minute old and not locked (a day old where the disk knows no locks)."""
+    """No living writer holds it: a minute old and not locked; a day old where a lock would not be seen."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -220,5 +275,6 @@ def _is_left(path: Path) -> bool:
             age_s = time.time() - os.fstat(fd).st_mtime
         finally:
             os.close(fd)
-        return age_s > _LEFT_UNLOCKED_S if free is None else free and age_s > _LEFT_S
+        seen = free and path.name.startswith(_HERE)
+        return free is not False and age_s > (_LEFT_S if seen else _LEFT_UNLOCKED_S)
     return False

@@ -13,29 +13,38 @@ from typing import Any
 
 from .. import VacliError
 
-_TRACK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TRACK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+JSON_DEPTH, _RECIPE_DEPTH = 16, 12  # of nested JSON, ours has 6; a recipe has room for what is put around it
 _RACY_NS = 2_000_000_000  # a file changed this close to its hashing may change again within one clock tick
 
 
 def canonical(recipe: dict[str, Any], of_json: bool = False) -> str:
-    """The one JSON text of a recipe: sorted keys, no spaces. Raises ValueError on NaN or what is not JSON.
+    """The one JSON text of a recipe: sorted keys, no spaces; 1, 1.0, true and "1" are four different values.
 
-    of_json: it was read from JSON, so all its keys are text already.
+    of_json: it was read from JSON by `check_json`'s rules, so it need not be looked through again.
+    Raises ValueError for NaN, infinities, keys that are no text, what is nested too deep, what is not JSON.
     """
     if not of_json:
-        _refuse_odd_keys(recipe)
-    return json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+        check_json(recipe, _RECIPE_DEPTH)
+    try:
+        return json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    except TypeError as e:
+        raise ValueError(f"a recipe is JSON: {e}") from e
 
 
-def _refuse_odd_keys(value: Any) -> None:
+def check_json(value: Any, depth: int = JSON_DEPTH) -> None:
+    """Raises ValueError for a key that is no text, and for nesting that would overflow somebody's stack."""
+    if not isinstance(value, dict | list | tuple):
+        return
+    if not depth:
+        raise ValueError("JSON nested too deep")
     if isinstance(value, dict):
-        for key, inner in value.items():
+        for key in value:
             if not isinstance(key, str):
-                raise ValueError(f"recipe keys must be text, got {key!r}")
-            _refuse_odd_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _refuse_odd_keys(inner)
+                raise ValueError(f"keys must be text, got {key!r:.80}")
+        value = value.values()
+    for inner in value:
+        check_json(inner, depth - 1)
 
 
 def digest(recipe: dict[str, Any], of_json: bool = False) -> str:
@@ -46,8 +55,8 @@ def digest(recipe: dict[str, Any], of_json: bool = False) -> str:
 def track_name(recipe: dict[str, Any]) -> str:
     """The recipe's own name for its tracks. Raises ValueError if it is not fit for the name of a folder."""
     name = recipe.get("track")
-    if not isinstance(name, str) or not _TRACK_NAME.fullmatch(name):
-        raise ValueError(f"recipe['track'] must match {_TRACK_NAME.pattern}, got {name!r}")
+    if not isinstance(name, str) or not TRACK_NAME.fullmatch(name):
+        raise ValueError(f"recipe['track'] must match {TRACK_NAME.pattern}, got {name!r}")
     return name
 
 
@@ -93,7 +102,8 @@ class Fingerprints:
             if key not in self.memo:
                 whole = hashlib.sha256()
                 for path in paths:
-                    whole.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+                    one = hashlib.sha256(path.read_bytes()).hexdigest()
+                    whole.update(os.fsencode(path.name) + f"\0{one}\n".encode())
                 self._remember(key, newest_ns, whole.hexdigest())
                 return whole.hexdigest()
         except OSError as e:

@@ -116,9 +116,10 @@ def show(store: Store, video_id: str) -> list[str]:
         entry = f"{track['folder']}/{track['media'][:24]}"
         lines += ["", f"{name}  {entry}"]
         try:
-            lines += [f"  {line}" for line in _described(store.read(entry))]
+            recipe = store.recipe_of(track["folder"])
+            lines += [f"  {line}" for line in _described(store.read(entry), _columns(recipe))]
             lines.append(f"  made by  {_noted(store.record(entry)['provenance'])}")
-            lines.append(f"  recipe   {json.dumps(store.recipe_of(track['folder']), sort_keys=True)}")
+            lines.append(f"  recipe   {json.dumps(recipe, sort_keys=True)}")
         except KeyError:
             lines.append("  not there: run `vacli extract` again")
         except (Damaged, Unreadable) as e:
@@ -132,7 +133,16 @@ def _noted(provenance: dict[str, Any]) -> str:
     )
 
 
-def _described(track: Track) -> list[str]:
+def _columns(recipe: dict[str, Any]) -> list[str]:
+    """What the columns are called, where somebody named them."""
+    if recipe["track"] == "label.va":
+        return ["valence", "arousal"]
+    imported = recipe.get("imported")
+    names = imported.get("columns") if isinstance(imported, dict) else None
+    return [str(n) for n in names] if isinstance(names, list) else []
+
+
+def _described(track: Track, columns: list[str]) -> list[str]:
     shape = " x ".join(map(str, track.values.shape))
     if not len(track):
         return [f"values   {shape} {track.values.dtype}, no row"]
@@ -147,16 +157,17 @@ def _described(track: Track) -> list[str]:
     if valid.any():
         seen = track.values[valid].reshape(int(valid.sum()), -1).astype(np.float32)
         lines.append(f"min/mean/max  {seen.min():.4g} / {seen.mean(dtype=np.float64):.4g} / {seen.max():.4g}")
-        lines += _plots(track)
+        lines += _plots(track, columns)
     return lines
 
 
-def _plots(track: Track) -> list[str]:
+def _plots(track: Track, columns: list[str]) -> list[str]:
     """Each column of a narrow track, the mean of a wide one."""
     flat = track.values.reshape(len(track), -1)
-    if flat.shape[1] <= 4:
-        return [f"column {i} {_plot(flat[:, i])}" for i in range(flat.shape[1])]
-    return [f"mean     {_plot(flat.mean(axis=1, dtype=np.float32))}"]
+    if flat.shape[1] > 4:
+        return [f"mean     {_plot(flat.mean(axis=1, dtype=np.float32))}"]
+    names = columns if len(columns) == flat.shape[1] else [f"column {i}" for i in range(flat.shape[1])]
+    return [f"{name:<8.16} {_plot(flat[:, i])}" for i, name in enumerate(names)]
 
 
 def _plot(values: np.ndarray) -> str:

@@ -145,8 +145,9 @@ def test_a_bad_annotation_does_not_keep_a_curve_from_being_drawn(at):
 
 
 def test_the_store_lists_and_verifies(at):
-    assert "puppet_val_00            validation" in vacli("store", "ls").output
-    assert "9 tracks read, 0 damaged" in vacli("store", "verify").output
+    line = next(x for x in vacli("store", "ls").output.splitlines() if x.startswith("puppet_val_00"))
+    assert line.split() == ["puppet_val_00", "validation", "15", "299", "15"]
+    assert "11 tracks read" in vacli("store", "verify").output  # nine, and a canary of each encoder
     chunk = next((at / "features.zarr").glob("mae@*/*/values/c.0.0"))
     chunk.write_bytes(bytes(64) + chunk.read_bytes()[64:])
     told = vacli("store", "verify", fails=True).output
@@ -204,7 +205,11 @@ def test_broken_videos_are_listed_and_the_others_go_on(at):
     assert 1 <= torn < 60
     assert written == {"good": 10, "silent": 10, "whole": 60}
     again = vacli("predict", "--video", folder, fails=True).output
-    assert again[again.index("videos had a problem") :] == listed
+    again = again[again.index("videos had a problem") :]
+    for line, later in zip(listed.splitlines(), again.splitlines(), strict=True):
+        name = line.strip().partition(":")[0]
+        known = f" (known from an earlier run; `vacli store rm {name}` to try again)"
+        assert later == line + (known if name in ("blind", "cut", "text") else "")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,8 @@ def test_a_users_mistake_is_one_line_and_loses_nothing(at, words, complaint):
     errors = [line for line in told.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1
     assert complaint in errors[0]
-    assert all(p.read_bytes() == content for p, content in before.items())
+    # digests of media that were worked out before the mistake was met may be remembered
+    assert all(p.read_bytes() == b for p, b in before.items() if p.parent.name != "fingerprints")
 
 
 def test_a_run_refuses_features_of_other_weights(at, lab):

@@ -12,6 +12,8 @@ import pytest
 from vacli import __version__
 from vacli.cli import main
 
+from .toy_store import make_store, tracks_of
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -81,6 +83,19 @@ def test_the_readmes_own_encoder_works():
     assert out.shape == (2, encoder.dim)
     assert encoder.eats == "crops"
     assert encoder.recipe()["track"] == "brightness"
+
+
+def test_the_store_formats_own_lines_read_a_store_without_us(tmp_path, monkeypatch):
+    make_store(tmp_path / "features.zarr", train=1, validation=0)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "store-format.md").read_text(), re.S)
+    assert code is not None
+    assert "vacli." not in code[1]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code[1].replace("clip0", "v00"), names)
+    wanted = tracks_of(0)["mae"]
+    np.testing.assert_array_equal(names["values"], wanted.values)
+    np.testing.assert_array_equal(names["times_s"], wanted.times_s)
 
 
 def test_make_help_lists_every_target():

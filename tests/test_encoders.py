@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from vacli.extract import logmel
+from vacli.extract import mae as mae_module
 from vacli.extract.logmel import LogMel, log_mel, mel_filterbank
 from vacli.extract.mae import EncoderError, Mae, build_vit, load_encoder, normalise, resize
 
@@ -319,6 +323,45 @@ def test_a_recipe_needs_no_model(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "empty.pth")
     monkeypatch.setattr("vacli.extract.mae.build_vit", lambda *_: pytest.fail("built a model"))
     assert Mae(weights=str(tmp_path / "empty.pth")).recipe()["model"] == "vit_large_patch16_224.mae"
+
+
+RECIPES = """
+import sys
+from vacli.extract.logmel import LogMel
+from vacli.extract.mae import Mae
+own, official = sys.argv[1:]
+print(*[e.recipe()["track"] for e in (LogMel(), *(Mae(weights=w, dtype="float32") for w in (own, official)))])
+heavy = {"torch", "timm", "huggingface_hub"} & set(sys.modules)
+sys.exit(" ".join(heavy) or 0)
+"""
+
+
+def test_a_recipe_of_described_or_official_weights_needs_neither_torch_nor_timm(vit, tmp_path):
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "licence": None}
+    own = described(tmp_path / "own.safetensors", vit.state_dict(), **about)
+    torch.save({}, tmp_path / "official.pth")
+    words = [sys.executable, "-c", RECIPES, own, str(tmp_path / "official.pth")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "logmel mae mae"), done.stderr
+
+
+def test_what_is_known_of_the_official_weights_is_what_timm_says():
+    for name, known in mae_module._KNOWN.items():
+        said = timm.get_pretrained_cfg(name)
+        assert known == mae_module.Published(
+            said.input_size, said.mean, said.std, said.license, said.hf_hub_id
+        )
+
+
+@pytest.mark.parametrize("model", ["vit_large_patch16_224.mae", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_look_at_the_machine_chooses_the_dtype_that_torch_would(model, device, monkeypatch):
+    quick = mae_module._dtype(None, device, model)
+    monkeypatch.setattr(mae_module, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(mae_module, "_no_gpu", lambda: False)
+    if device == "cpu" and model == "vit_tiny_patch16_224":
+        assert quick == "float32"  # whatever the machine
+    assert mae_module._dtype(None, device, model) == quick
 
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])

@@ -148,13 +148,14 @@ def test_show_tells_times_valid_rows_values_recipe_and_draws(store):
     )
     assert f"{seen.min():.4g} / {seen.mean(dtype=np.float64):.4g} / {seen.max():.4g}" in part
     assert json.dumps(recipe("mae"), sort_keys=True) in part
-    assert "column 0" in told[told.index("\nlabel.va") :]
+    assert "column 0" in told[told.index("\nlogmel") :]
+    assert "valence  " in told[told.index("\nlabel.va") :]
 
 
 def test_the_plot_rises_where_the_values_rise_and_dots_where_nothing_is():
     values = np.linspace(0, 1, 64)[:, None].astype(np.float32)
     values[20:23] = np.nan
-    bars = show._plots(Track(values, np.arange(64.0)))[0].split()[2]
+    bars = show._plots(Track(values, np.arange(64.0)), ["rising"])[0].split()[1]
     assert len(bars) == 64
     assert bars[20:23] == "···"
     heights = ["▁▂▃▄▅▆▇█".index(b) for b in bars.replace("·", "")]
@@ -219,7 +220,8 @@ def test_verify_names_the_damaged_and_repair_makes_them_absent(store):
 
 def run_on(folder: Path, store: Store, made_by: str) -> None:
     """A run.json that needs the toy features made by somebody."""
-    streams = {n: {"folder": folder_name(recipe(n, made_by))} for n in ("mae", "logmel")}
+    recipes = {n: recipe(n, made_by) for n in ("mae", "logmel")}
+    streams = {n: {"folder": folder_name(r), "recipe": r} for n, r in recipes.items()}
     folder.mkdir(parents=True)
     about = {"streams": streams, "label": {"folder": folder_name(LABEL_RECIPE)}}
     (folder / "run.json").write_text(json.dumps(about))
@@ -246,6 +248,8 @@ def test_gc_removes_what_nobody_refers_to_and_nothing_else(tmp_path):
         {"root": "toy", "media": "04" * 32, "split": None},
         {"crops": {"folder": folder_name(made), "media": "00" * 32}},
     )
+    predicted = {**recipe("mae", "an older encoder"), "made_from": digest(recipe("faces", "found otherwise"))}
+    store.put(predicted, "00" * 32, tracks_of(0)["mae"])
     before = contents(store)
     unused = {folder_name(recipe(n, "nobody's encoder")) for n in ("mae", "logmel")}
     told = vacli("store", "gc", "--dry-run", "--runs", runs, "--store", store.path).output
