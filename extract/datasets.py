@@ -12,18 +12,11 @@ import numpy as np
 
 from .. import VacliError
 from ..store import Fingerprints, combine
-from ..store.names import plain_id
+from ..store.names import plain_id, split_of
 from . import SUFFIXES
 
 CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent: Aff-Wild2's usual one; stated in the recipe
 _CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "validation": "validation",
-    "test": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -170,11 +163,7 @@ def _is_va(path: Path) -> bool:
 
 
 def _split_of(path: Path, root: Path) -> str | None:
-    for part in path.relative_to(root).parts[:-1]:
-        word = part.lower().replace("_set", "")
-        if word in _SPLITS:
-            return _SPLITS[word]
-    return None
+    return split_of(path.relative_to(root).parts[:-1])
 
 
 def _affwild2(root: Path) -> list[Sample]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import VacliError
 from . import disk
-from .recipe import JSON_DEPTH, check_json, digest
+from .recipe import JSON_DEPTH, SHA256, check_json, digest
 from .track import Track, check_rows, check_times
 
 JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
@@ -35,7 +35,6 @@ NAME = re.compile(r"[0-9a-f]{24}")  # of an entry in its folder
 _CHUNK_LIMIT = 2**40  # bytes; a sparse file could claim more, and reading it would take an hour
 _ROW_LIMIT = 2**24  # numbers in a row
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _seen_right: set[tuple[int, ...]] = set()  # chunks whose checksum this process has verified
 
 
@@ -200,7 +199,7 @@ def parse_group(text: bytes) -> dict[str, Any]:
     """Our attributes in a group's zarr.json. Raises ValueError."""
     try:
         attributes = _DECODER.decode(text.decode())["attributes"]["vacli"]
-        if text.count(b"{") + text.count(b"[") > JSON_DEPTH:  # a usual record has ten: looked at thousands of times
+        if text.count(b"{") + text.count(b"[") > JSON_DEPTH:  # a usual record has ten
             check_json(attributes)
     except (RecursionError, KeyError, TypeError) as e:  # 200,000 nested brackets; not ours
         raise ValueError(f"no attributes of vacli ({type(e).__name__})") from e
@@ -216,7 +215,7 @@ def parse_record(text: bytes, folder: str, name: str) -> dict[str, Any]:
         own = record.pop("digest")
         if own != digest(record, of_json=True):
             raise ValueError("its record has been changed")
-        if not all(_SHA256.fullmatch(record[key]) for key in ("recipe", "media")):
+        if not all(SHA256.fullmatch(record[key]) for key in ("recipe", "media")):
             raise ValueError("its record belongs to another key, which is no digest")
         if not folder.endswith(f"@{record['recipe'][:16]}") or name != record["media"][:24]:
             raise ValueError("its record belongs to another track")
@@ -244,7 +243,7 @@ def _check_arrays(record: dict[str, Any]) -> None:
             or chunk_bytes(array) > _CHUNK_LIMIT
         ):
             raise ValueError(f"{name} has shape {shape!r:.80} and dtype {dtype!r:.40}")
-        if type(array["crc32c"]) is not int or not _SHA256.fullmatch(array["sha256"]):
+        if type(array["crc32c"]) is not int or not SHA256.fullmatch(array["sha256"]):
             raise ValueError(f"{name} has the checksums {array['crc32c']!r:.40} and {array['sha256']!r:.80}")
     values, times_s = (record["arrays"][n] for n in ARRAYS)
     if (

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import VacliError
 from .entry import Damaged
-from .names import plain_id
+from .names import plain_id, split_of
 from .ratings import TARGETS, mean_of_raters, on_scale, rater_columns, scale_of
 from .recipe import combine, folder_name
 from .store import Store
@@ -30,7 +30,6 @@ from .track import Track
 # Shape legend: T rows of time, D dims, R raters.
 
 LABELS = "label.va"
-_SPLITS = {"training": "train", "val": "validation", **{s: s for s in ("train", "validation", "test")}}
 _OVER_S, _OVER_SHARE, _REACH_SHARE = 1.0, 0.02, 0.9  # what still fits a video; what should be reached over
 
 
@@ -156,8 +155,7 @@ class _File:
     @property
     def split(self) -> str | None:
         """train/, validation/ and test/ folders split, as in a plain folder of videos."""
-        words = (part.lower().replace("_set", "") for part in self.parts[:-1])
-        return next((_SPLITS[w] for w in words if w in _SPLITS), None)
+        return split_of(self.parts[:-1])
 
     @property
     def rater(self) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
-from .recipe import TRACK_NAME, digest
+from .recipe import SHA256, TRACK_NAME, digest
 
 _PART_BYTES, _ID_BYTES = 180, 600  # room for a suffix within the 255 bytes of most file systems
 _FORBIDDEN = set('<>:"|?*\\')
@@ -16,7 +17,7 @@ _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 FOLDER = re.compile(TRACK_NAME.pattern + "@[0-9a-f]{16}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SPLITS = {"training": "train", "val": "validation", **{s: s for s in ("train", "validation", "test")}}
 
 
 def plain_id(text: str) -> str:
@@ -49,6 +50,12 @@ def _is_plain(part: str) -> bool:
     )
 
 
+def split_of(folders: Iterable[str]) -> str | None:
+    """train, validation or test, where one of the folders a file lies in is called so (also val, Train_Set, ...)."""
+    words = (folder.lower().replace("_set", "") for folder in folders)
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+
 def folder_of(video_id: str) -> str:
     """The folder of an id below `videos/`: a digest, so no id can lead anywhere else."""
     return hashlib.sha256(video_id.encode(errors="surrogatepass")).hexdigest()[:24]
@@ -77,12 +84,12 @@ def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
     root, media, split, tracks = (facts[k] for k in ("root", "media", "split", "tracks"))
     if not isinstance(root, str) or not isinstance(split, str | None):
         raise ValueError(f"root and split must be text, got {root!r:.80} and {split!r:.80}")
-    if media is not None and not _SHA256.fullmatch(media):
+    if media is not None and not SHA256.fullmatch(media):
         raise ValueError(f"the medium must be a SHA-256, got {media!r:.80}")
     for name, track in tracks.items():
         if not TRACK_NAME.fullmatch(name):
             raise ValueError(f"the name of a track must match {TRACK_NAME.pattern}, got {name!r:.80}")
-        if not FOLDER.fullmatch(track["folder"]) or not _SHA256.fullmatch(track["media"]):
+        if not FOLDER.fullmatch(track["folder"]) or not SHA256.fullmatch(track["media"]):
             raise ValueError(f"track {name!r:.80} points to {track['folder']!r:.80} {track['media']!r:.80}")
     return facts
 

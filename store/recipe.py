@@ -14,6 +14,7 @@ from typing import Any
 from .. import VacliError
 
 TRACK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+SHA256 = re.compile(r"[0-9a-f]{64}")  # as a recipe's digest and a medium's are written
 JSON_DEPTH, _RECIPE_DEPTH = 16, 12  # of nested JSON, ours has 6; a recipe has room for what is put around it
 _RACY_NS = 2_000_000_000  # a file changed this close to its hashing may change again within one clock tick
 
