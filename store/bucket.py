@@ -77,7 +77,7 @@ class Bucket:
 
     # ---- reading -------------------------------------------------------------------------------------------
 
-    def list(self, below: str) -> dict[str, Object]:
+    def listing(self, below: str) -> dict[str, Object]:
         """Every object below a path, at any depth."""
         with self._telling("list"):
             found = self._fs.find(self._root + below, detail=True)
@@ -169,13 +169,15 @@ class Bucket:
 
     def remove(self, below: str, paths: list[str]) -> None:
         """Those objects below a path; what is gone already is no error."""
+        if not paths:
+            return
         for _ in range(2):  # a refusal to remove many at once is told by no backend: look
-            left = sorted(self.list(below).keys() & set(paths))
+            left = sorted(self.listing(below).keys() & set(paths))
             if not left:
                 return
             with self._telling("remove"), contextlib.suppress(FileNotFoundError):
                 self._fs.rm([self._root + p for p in left])
-        if self.list(below).keys() & set(paths):
+        if self.listing(below).keys() & set(paths):
             raise StoreError(f"cannot remove {below} from {self.url}: check what your keys may do")
 
     # ---- errors --------------------------------------------------------------------------------------------
@@ -212,8 +214,7 @@ def _object(info: dict[str, Any]) -> Object:
         written = datetime.fromisoformat(written) if isinstance(written, str) else written
     written_s = written.timestamp() if isinstance(written, datetime) else written
     stamp = hashlib.sha256(repr(sorted(info.items(), key=lambda pair: pair[0])).encode()).hexdigest()[:16]
-    known = isinstance(written_s, int | float)
-    return Object(info["size"], stamp, _md5(info), float(written_s) if known else None)
+    return Object(info["size"], stamp, _md5(info), written_s if isinstance(written_s, int | float) else None)
 
 
 def _md5(info: dict[str, Any]) -> str | None:
@@ -258,7 +259,7 @@ class Shelves:
         shelf, now_s = self._shelves.get(folder), time.monotonic()
         if shelf is None or now_s - shelf.listed_s >= age_s:
             shelf = _Shelf({}, now_s)
-            for path, listed in self._bucket.list(folder).items():
+            for path, listed in self._bucket.listing(folder).items():
                 name, mark, inside = path.removeprefix(f"{folder}/").partition("/")
                 if mark:
                     shelf.entries.setdefault(name, {})[inside] = listed
@@ -277,7 +278,7 @@ class Shelves:
     def look(self, path: str) -> dict[str, Object]:
         """The objects of an entry, listed now."""
         folder, _, name = path.partition("/")
-        found = {p.removeprefix(f"{path}/"): o for p, o in self._bucket.list(path).items()}
+        found = {p.removeprefix(f"{path}/"): o for p, o in self._bucket.listing(path).items()}
         self.entries(folder)[name] = found
         return found
 

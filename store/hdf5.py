@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 
 from .. import VacliError, __version__
@@ -302,7 +302,7 @@ def _copy(store: Store, entry: str, record: dict[str, Any], fd: int, places: dic
     track = store.read(entry)
     for name, array in record["arrays"].items():
         raw = strangers.raw(getattr(track, name))
-        if google_crc32c.value(raw) != array["crc32c"] or len(raw) != strangers.nbytes(
+        if crc32c.crc32c(raw.data) != array["crc32c"] or len(raw) != strangers.nbytes(
             array["shape"], array["dtype"]
         ):
             raise KeyError(f"{entry} was changed while it was exported; run the same command again")

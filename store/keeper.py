@@ -111,7 +111,10 @@ def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
         if name.partition("/")[0] in unused:
             unused[name.partition("/")[0]].append(e)
     why = "no video and no run refers to this recipe"
-    left += [Garbage(name, "an upload that was never finished", n) for name, n in store.at.orphans().items()]
+    left += [
+        Garbage(name, "an upload never finished, or found damaged", n)
+        for name, n in store.at.orphans().items()
+    ]
     return left + aside + [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
 
 

@@ -167,13 +167,11 @@ class Place:
         """The checked record of an entry. Raises FileNotFoundError, Damaged."""
         return entry.check(self.path / name)
 
-    def here(self, name: str, record: dict[str, Any]) -> Path:
-        """The folder on this machine where the entry's files can be mapped."""
-        return self.path / name
-
-    def read(self, name: str, record: dict[str, Any], everything: bool = False) -> Track:
-        """The Track of a checked record, mapped on this machine (entry.read). Raises Damaged, Unreadable."""
-        return entry.read(self.path / name, record, everything)
+    def read(
+        self, name: str, record: dict[str, Any], mapped: bool = False, everything: bool = False
+    ) -> Track:
+        """The Track of a checked record (entry.read). Raises Damaged, Unreadable."""
+        return entry.read(self.path / name, record, mapped, everything)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:

@@ -64,7 +64,7 @@ class RemotePlace(Place):
         self._bucket = Bucket(self.name)
         self._cache, self._unsent = Place(self.path), Place(self.path / ".upload")
         self._shelves = Shelves(self._bucket, self._cached_text)
-        self._ahead: dict[str, bytes] = {}  # names of videos that were read together, each for one `load`
+        self._ahead: dict[str, bytes] = {}  # what was read together or before, each for one `load`
 
     @property
     def attempt(self) -> str:
@@ -84,7 +84,8 @@ class RemotePlace(Place):
 
     def absent(self) -> bool:
         """Nothing there, or what a creation stopped half-way leaves."""
-        return not self._bucket.read({RECORD: 1}) and self._bucket.names() <= {"videos"}
+        self._ahead = self._bucket.read({RECORD: SMALL})
+        return not self._ahead and self._bucket.names() <= {"videos"}
 
     def create(self, attributes: dict[str, Any]) -> None:
         """Make it; the group's zarr.json comes last."""
@@ -197,23 +198,21 @@ class RemotePlace(Place):
                 raise ValueError(f"{path} is not there, or not the {size} bytes its record says")
         return record
 
-    def here(self, name: str, record: dict[str, Any]) -> Path:
-        self.read(name, record)
-        return self.path / name
-
-    def read(self, name: str, record: dict[str, Any], everything: bool = False) -> Track:
-        """The Track of a checked record, mapped in the cache; fetched first where the cache has it not, or not whole.
+    def read(
+        self, name: str, record: dict[str, Any], mapped: bool = False, everything: bool = False
+    ) -> Track:
+        """The Track of a checked record, from the cache; fetched first where the cache has it not, or not whole.
 
         everything: fetched anyhow, and looked at throughout. Raises Damaged if the remote's is, FileNotFoundError.
         """
         if not everything:
             with contextlib.suppress(FileNotFoundError, Damaged):
-                return self._cached(name, record)
+                return self._cached(name, record, mapped)
         try:
             with self.told("fetch a track"), self.staging() as staged:
                 fetched = staged / name
                 self._fetch(name, record, fetched)
-                track = entry.read(fetched, record, everything=True)
+                track = entry.read(fetched, record, mapped, everything=True)
                 self._settle(fetched, name)
                 return track
         except Gone as e:
@@ -221,11 +220,11 @@ class RemotePlace(Place):
             self.record(name)  # damaged, if there is still one that says what is not there
             raise FileNotFoundError(errno.ENOENT, "removed while it was read", name) from e
 
-    def _cached(self, name: str, record: dict[str, Any]) -> Track:
+    def _cached(self, name: str, record: dict[str, Any], mapped: bool) -> Track:
         mine = entry.check(self.path / name)
         if mine["digest"] != record["digest"]:
             raise FileNotFoundError(errno.ENOENT, "another entry", name)
-        return entry.read(self.path / name, mine)
+        return entry.read(self.path / name, mine, mapped)
 
     def _fetch(self, name: str, record: dict[str, Any], target: Path) -> None:
         """The files of an entry, byte for byte. Raises Gone if they are no longer those of the record."""
@@ -257,57 +256,68 @@ class RemotePlace(Place):
         for _ in range(3):
             if self._rename_to(whole, self.path / name):
                 return
-            gone = self._cache.move(name, ".trash")
-            if gone:
+            if gone := self._cache.move(name, ".trash"):
                 disk.remove(gone)
 
     def commit(self, staged: Path, name: str, tombstone: bool) -> None:
         """Safe on this machine, then sent. Raises StoreError if it cannot be sent; it is when somebody asks for it."""
         with self._unsent.locked(name.partition("/")[0]):
             self._unsent.commit(staged, name, tombstone)
-        self._send(name)
+        if staged.exists():  # another process has one to send, and ours is not needed
+            self._send(name)
+        else:
+            self._upload(name)  # locked as long as its staging lasts
 
     def _send(self, name: str) -> None:
-        """What lies in .upload, to the remote, unless a complete track is there; then into the cache."""
+        """What lies in .upload, to the remote, one process of this machine at a time."""
         local = self._unsent.path / name
         for _ in range(3):
             try:
                 with disk.open_folder(local) as fd:
-                    disk.lock(fd)  # another process of this machine may be at it
+                    disk.lock(fd)
                     if os.path.samestat(os.fstat(fd), os.stat(local)):
-                        return self._upload(name, local)
+                        return self._upload(name)
             except FileNotFoundError:
                 if not local.exists():
-                    return  # it was
-            except StoreError as e:
-                what = f"what was computed lies in {self._unsent.path} and is sent by the next run"
-                raise StoreError(f"{e}; {what}") from e
+                    return  # another process has sent it
         raise StoreError(f"{self.name}: others keep sending {name}; run again")
 
-    def _upload(self, name: str, local: Path) -> None:
+    def _upload(self, name: str) -> None:
+        """The arrays, then the record, unless a complete track is there; then the entry is the cache's."""
+        local = self._unsent.path / name
         record = self._sound(name, local)
-        files = [f"{name}/{p}" for p in _files(record)]
         text = disk.read_small(local / RECORD, entry.JSON_LIMIT)
+        try:
+            if self._put_there(name, record, text):
+                self._shelves.look(name)
+                self._settle(local, name)
+            elif gone := self._unsent.move(name, ".trash"):
+                disk.remove(gone)
+        except StoreError as e:
+            what = f"what was computed lies in {self._unsent.path} and is sent by the next run"
+            raise StoreError(f"{e}; {what}") from e
+
+    def _put_there(self, name: str, record: dict[str, Any], text: bytes) -> bool:
+        """False if a complete one is there already: content-addressed, it is as good as ours, and stays."""
+        files = {f"{name}/{p}": self._unsent.path / name / p for p in _files(record)}
         sent = False
         for _ in range(3):
             there, theirs = self._theirs(name)
             if theirs and theirs["digest"] == record["digest"]:
-                break  # ours, sent before
+                return True  # ours, sent before
             if theirs and ("failed" in record or "failed" not in theirs):
-                self._give_way(name, files if sent else [])
-                return
+                with contextlib.suppress(StoreError):  # else they are orphans, and go a day later
+                    self._bucket.remove(name, list(files) if sent else [])
+                return False
             if not sent:
-                self._bucket.upload({p: self._unsent.path / p for p in files})
+                self._bucket.upload(files)
                 sent = True
             if there:  # a tombstone, or a record without its arrays
                 self._bucket.write(f"{name}/{RECORD}", text)
-                break
+                return True
             if self._bucket.create(f"{name}/{RECORD}", text):
-                break
-        else:
-            raise StoreError(f"{self.name}: others keep writing {name}; run again")
-        self._shelves.look(name)
-        self._settle(local, name)
+                return True
+        raise StoreError(f"{self.name}: others keep writing {name}; run again")
 
     def _theirs(self, name: str) -> tuple[bool, dict[str, Any] | None]:
         """Is there a record now? It, if it is whole."""
@@ -324,22 +334,14 @@ class RemotePlace(Place):
         try:
             record = entry.check(local)
             if "failed" not in record:
-                entry.read(local, record)
+                entry.read(local, record, mapped=True)
         except Damaged:
             self._unsent.move(name, ".quarantine")
             raise
         return record
 
-    def _give_way(self, name: str, sent: list[str]) -> None:
-        """Somebody was first: theirs stays, content-addressed it is as good as ours."""
-        with contextlib.suppress(StoreError):  # else they are orphans, and go a day later
-            self._bucket.remove(name, sent)
-        gone = self._unsent.move(name, ".trash")
-        if gone:
-            disk.remove(gone)
-
     def move(self, name: str, hidden: str) -> Path | None:
-        """To .quarantine there, or away for good: an entry (its record first), a recipe, the names of a video, an orphan.
+        """To .quarantine there, or away for good: an entry (its record first), a recipe, names of a video, an orphan.
 
         Returns where the cache's copy lies, if it had one. What nobody may set aside stays: an OSError.
         """
@@ -347,12 +349,11 @@ class RemotePlace(Place):
         if len(parts) == 3:  # an orphan; unless its upload has gone on since it was found
             above = "/".join(parts[:2])
             if name in self._orphans_of(above, self._shelves.look(above)):
-                self._remove(name, self._bucket.list(name))
+                self._remove(name, self._bucket.listing(name))
             return None
         if hidden == ".trash":
-            self._remove(name, self._bucket.list(name))
-            gone = self._unsent.move(name, hidden)
-            if gone:
+            self._remove(name, self._bucket.listing(name))
+            if gone := self._unsent.move(name, hidden):
                 disk.remove(gone)
         else:
             try:
@@ -362,7 +363,7 @@ class RemotePlace(Place):
         return self._cache.move(name, hidden)
 
     def _set_aside(self, name: str, aside: str) -> None:
-        found = self._bucket.list(name)
+        found = self._bucket.listing(name)
         if found:
             self._bucket.write(f"{aside.partition('/')[0]}/{RECORD}", entry.group_json({}))
             self._bucket.copy({p: aside + p.removeprefix(name) for p in found})
@@ -386,14 +387,15 @@ class RemotePlace(Place):
         for folder in self.folders(""):
             for media, objects in list(self._shelves.entries(folder, 0).items()):
                 found.update(self._orphans_of(f"{folder}/{media}", objects))
-        for path, listed in self._bucket.list(".quarantine").items():
+        for path, listed in self._bucket.listing(".quarantine").items():
             if path.count("/") > 1:
                 name = "/".join(path.split("/")[:2])
                 found[name] = found.get(name, 0) + listed.size
         return found
 
     def _orphans_of(self, name: str, objects: dict[str, Object]) -> dict[str, int]:
-        live, found = "", {}
+        live = ""
+        found: dict[str, int] = {}
         if RECORD in objects:
             try:
                 live = self._checked(name, objects).get("attempt", "")

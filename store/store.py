@@ -50,11 +50,11 @@ class Store:
                 )
             with self.at.told("create the store"):
                 self.at.create({"store_format": FORMAT})
-        self._format = self._check_format()
         with self.at.told("open the store"):
+            self._format = self._check_format()
             self.at.open()
         if create:
-            with self.at.told("write"):
+            with self.at.told("write"), self.at.staging():  # what cannot be written refuses before any work
                 for path in self.at.leftovers():
                     disk.remove(path)
                 self._upgrade()
@@ -77,20 +77,28 @@ class Store:
         return record is not None and "failed" not in record
 
     def get(self, recipe: dict[str, Any], media: str) -> Track:
-        """The track; its values are a read-only map, their checksum verified when they are first mapped.
+        """The track, read whole, its checksums verified. Its arrays are read-only.
 
         Raises KeyError if it is absent, Damaged (and sets it aside) if it is broken.
         """
-        name = _entry_name(recipe, digest(recipe), media)
+        return self._get(recipe, media, mapped=False)
+
+    def map(self, recipe: dict[str, Any], media: str) -> Track:
+        """As `get`, but the values stay on the disk, mapped; their checksum is verified when they are first mapped."""
+        return self._get(recipe, media, mapped=True)
+
+    def _get(self, recipe: dict[str, Any], media: str, mapped: bool) -> Track:
+        key = digest(recipe)
+        name = _entry_name(recipe, key, media)
         try:
-            record = self._record_of(name, digest(recipe), media)
+            record = self._record_of(name, key, media)
             if "failed" in record:
                 raise KeyError(f"{name}: {record['failed']}")
-            return entry.read(self.at.here(name, record), record)
+            return self.at.read(name, record, mapped)
         except FileNotFoundError as e:
             raise KeyError(name) from e
         except Damaged:
-            self.set_aside(name)
+            self._set_aside_if_broken(name, recipe, media)
             raise
 
     def put(
@@ -102,7 +110,7 @@ class Store:
         """
         values = track.values
         with self.writing(recipe, media, len(track), values.shape[1:], values.dtype, provenance) as writer:
-            writer.append(values, track.times_s)
+            writer.add(track)
 
     @contextlib.contextmanager
     def writing(
@@ -175,7 +183,10 @@ class Store:
         record = self.record(name)
         if "failed" in record:
             raise KeyError(f"{name}: {record['failed']}")
-        return entry.read(self.at.here(name, record), record)
+        try:
+            return self.at.read(name, record)
+        except FileNotFoundError as e:  # removed since
+            raise KeyError(name) from e
 
     def recipe_of(self, folder: str) -> dict[str, Any]:
         """The whole recipe behind `<track>@<recipe16>`. Raises Damaged."""
@@ -198,7 +209,7 @@ class Store:
             try:
                 record = self.at.record(name)
                 if "failed" not in record:
-                    entry.read(self.at.here(name, record), record, everything=True)
+                    self.at.read(name, record, everything=True)
                 yield name, entry.nbytes_of(record), None
             except (Damaged, Unreadable) as e:
                 yield name, 0, str(e)
@@ -207,7 +218,7 @@ class Store:
 
     def _what_is_wrong_beside(self) -> Iterator[tuple[str, int, str]]:
         """Recipes and names that cannot be read; the tracks are whole without them."""
-        for folder in self.folders():
+        for folder in filter(self.at.folders, self.folders()):  # without tracks: a writer was killed there
             try:
                 self.recipe_of(folder)
             except Damaged as e:
@@ -247,7 +258,7 @@ class Store:
             )
         names.check_facts({**facts, "tracks": tracks})
         folder = names.folder_of(video_id)
-        with self.at.told("write the names of the video"), self.at.locked("videos"):
+        with self._naming():
             for _ in range(5):  # without locks somebody may write between our look and our writing
                 _, old = self._named(folder) or (None, None)
                 try:
@@ -259,23 +270,31 @@ class Store:
                     ) from e
                 if new == old:
                     return
-                self.at.save(f"videos/{folder}/zarr.json", entry.group_json({"id": video_id, **new}))
+                self.at.save(f"videos/{folder}/zarr.json", entry.group_json(names.record(video_id, new)))
                 if self.at.locks:
                     return
 
     def unlink(self, video_id: str, tracks: list[str] | None = None) -> None:
         """Forget the names of a video, or some of its tracks; the tracks themselves stay."""
         folder = names.folder_of(video_id)
-        with self.at.told("write the names of the video"), self.at.locked("videos"):
+        with self._naming():
             known = self._named(folder)
             if known is None:
                 return
             left = {n: t for n, t in known[1]["tracks"].items() if tracks and n not in tracks}
             if left:
-                facts = {"id": video_id, **known[1], "tracks": left}
-                self.at.save(f"videos/{folder}/zarr.json", entry.group_json(facts))
+                whole = names.record(video_id, {**known[1], "tracks": left})
+                self.at.save(f"videos/{folder}/zarr.json", entry.group_json(whole))
             else:
                 self.drop(f"videos/{folder}")
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """One writer of names at a time, in a store that is up to date."""
+        with self.at.told("write the names of the video"):
+            self._upgrade()
+            with self.at.locked("videos"):
+                yield
 
     def videos(self) -> dict[str, dict[str, Any]]:
         """id -> {"root", "split", "media", "tracks": {name: {"folder", "media"}}}, as last linked, sorted by id."""
@@ -312,14 +331,18 @@ class Store:
             ) from e
 
     def _upgrade(self) -> None:
-        """From format 1, when the store is next opened for writing. Stopped half-way it is still of format 1."""
+        """From format 1, when something is next written. Stopped half-way it is still of format 1."""
         if self._format == 1:
-            for video_id, facts in self._old_names().items():
-                path = f"videos/{names.folder_of(video_id)}/zarr.json"
-                self.at.save(path, entry.group_json({"id": video_id, **facts}))
-            self.at.save("zarr.json", entry.group_json({"store_format": FORMAT}))
-            self._format = FORMAT
-            self.at.save("videos/zarr.json", entry.group_json({}))
+            with self.at.locked("videos"):
+                self._format = self._check_format()  # somebody may have been quicker
+                for video_id, facts in self._old_names().items():
+                    folder = names.folder_of(video_id)
+                    if self._named(folder) is None:
+                        whole = names.record(video_id, facts)
+                        self.at.save(f"videos/{folder}/zarr.json", entry.group_json(whole))
+                self.at.save("zarr.json", entry.group_json({"store_format": FORMAT}))
+                self._format = FORMAT
+                self.at.save("videos/zarr.json", entry.group_json({}))
 
     def remember_fingerprints(self) -> None:
         """Keep the media digests worked out so far, so that the next run hashes nothing twice."""
@@ -342,7 +365,7 @@ class Store:
             found = entry.parse_group(self.at.load("zarr.json", entry.JSON_LIMIT))["store_format"]
             if type(found) is not int or found < 1:
                 raise ValueError(f"store_format is {found!r:.40}")
-        except (OSError, ValueError, KeyError) as e:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError) as e:
             raise StoreError(
                 f"{self} is not a vacli store (no zarr.json with a vacli store_format); "
                 "give another place with --store"
@@ -364,8 +387,20 @@ class Store:
         except FileNotFoundError:
             return None
         except Damaged:
-            self.set_aside(name)
+            self._set_aside_if_broken(name, recipe, media)
             return None
+
+    def _set_aside_if_broken(self, name: str, recipe: dict[str, Any], media: str) -> None:
+        """As `set_aside`, but what a writer has put in its place since it was looked at stays."""
+        with contextlib.suppress(OSError), self.at.replacing():
+            try:
+                record = self._record_of(name, digest(recipe), media)
+                if "failed" not in record:
+                    self.at.read(name, record, everything=True)
+            except FileNotFoundError:
+                pass
+            except Damaged:
+                self.at.move(name, ".quarantine")
 
     def _record_of(self, name: str, key: str, media: str) -> dict[str, Any]:
         record = self.at.record(name)
@@ -395,7 +430,7 @@ class Store:
     def _heal(self, folder: str, recipe: dict[str, Any]) -> None:
         """Its readable recipe may have been damaged since; whoever asks for a track by its recipe has it in hand."""
         if folder not in self._recipes_right:
-            with contextlib.suppress(OSError):  # a store that cannot be written
+            with contextlib.suppress(OSError, StoreError):  # a store that cannot be written
                 self._write_recipe(folder, recipe)
 
     def _write_recipe(self, folder: str, recipe: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,18 +55,23 @@ def load_clips(store: Store, about: dict[str, Any], split: str) -> list[Clip]:
     Their clock is that of the labels, one row for a frame: also where a video has only the sound, at its own rate.
     Raises VacliError that says which track the store lacks.
     """
-    clips = []
     dims = {name: stream["dim"] for name, stream in about["streams"].items()}
-    for video_id, media in about[split].items():
-        tracks: dict[str, Track] = {}
-        for name, digest in media.items():
-            recipe = about["label"]["recipe"] if name == "label.va" else about["streams"][name]["recipe"]
-            if not store.has(recipe, digest):
-                raise VacliError(
-                    f"{store.path} lacks {name} of {video_id} in the recipe this run was trained on; "
-                    "run `vacli extract` on its videos again, with the encoder of run.json"
-                )
-            tracks[name] = store.get(recipe, digest)
+
+    def load(video_id: str, media: dict[str, str]) -> Clip:
+        tracks = {name: _track(store, about, video_id, name, of) for name, of in media.items()}
         labels = tracks.pop("label.va")
-        clips.append(Clip.on_clock(video_id, labels.times_s, tracks, dims, labels))
-    return clips
+        return Clip.on_clock(video_id, labels.times_s, tracks, dims, labels)
+
+    with ThreadPoolExecutor(2) as pool:  # reading, checksums and copying all let go of the interpreter
+        return list(pool.map(load, about[split].keys(), about[split].values()))
+
+
+def _track(store: Store, about: dict[str, Any], video_id: str, name: str, media: str) -> Track:
+    recipe = about["label"]["recipe"] if name == "label.va" else about["streams"][name]["recipe"]
+    try:
+        return store.get(recipe, media)
+    except KeyError as e:
+        raise VacliError(
+            f"{store} lacks {name} of {video_id} in the recipe this run was trained on; "
+            "run `vacli extract` on its videos again, with the encoder of run.json"
+        ) from e

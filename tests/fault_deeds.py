@@ -185,6 +185,7 @@ class Scene:
         with self.store() as path:
             self.deed(path)
             self.after = contents(path)
+            assert "broken" not in self.after.values()
 
     @contextmanager
     def store(self) -> Iterator[Path]:

@@ -6,13 +6,15 @@ import errno
 import itertools
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from vacli.store import Store, StoreError, place
+from vacli.store import Store, StoreError, disk, place
 
 from . import fault_processes as processes
 from .fault_deeds import (
@@ -34,7 +36,7 @@ from .fault_deeds import (
     remember,
     spoil,
 )
-from .fault_layer import CLEANING, REFUSALS, Cutting, Failing, Layer, Platter, survive, through, ways
+from .fault_layer import CLEANING, REFUSALS, Cutting, Failing, Layer, NoLocks, Platter, survive, through, ways
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +158,12 @@ LIFE = [
 
 
 def test_a_power_cut_at_any_call_loses_nothing_acknowledged(folder):
-    assert check_every_cut(folder, [], LIFE, seeds=1) > 500
+    assert check_every_cut(folder, [], LIFE, seeds=1) > 400
 
 
 @pytest.mark.slow
 def test_a_power_cut_at_any_call_in_twenty_ways(folder):
-    assert check_every_cut(folder, [], LIFE, seeds=18) > 5000
+    assert check_every_cut(folder, [], LIFE, seeds=18) > 3000
 
 
 def test_a_power_cut_while_an_old_store_is_brought_up_to_date_keeps_it(folder):
@@ -185,6 +187,18 @@ def test_what_a_killed_process_did_not_sync_is_safe_once_another_is_done(folder)
         assert Store(left / "deep" / "s.zarr").has(RECIPE, media_of(0)), f"killed at call {n}"
         shutil.rmtree(left)
         shutil.rmtree(base)
+
+
+def test_what_is_set_aside_survives_a_power_cut(folder):
+    base, left = folder / "disk", folder / "left"
+    base.mkdir()
+    for step in (create, put(0), spoil(0, "size")):
+        step(base / "s.zarr")
+    with through(Platter(base)) as platter:
+        assert not Store(base / "s.zarr").has(RECIPE, media_of(0))
+    survive(platter.now(), left, lambda values: values[0])
+    [aside] = (left / "s.zarr" / ".quarantine").glob("*/")
+    assert list(aside.glob("values/c.*"))
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------------------------
@@ -213,7 +227,7 @@ def test_a_job_killed_again_and_again_ends_as_one_left_alone(folder, tracks):
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
 def test_eight_writers_and_two_readers_see_the_first_complete_track_and_nothing_else(folder, locks):
-    assert processes.apart(processes.crowd, folder, 8, 125 if locks else 25, 150, locks) > 2
+    assert processes.apart(processes.crowd, folder, 8, 125 if locks else 25, 150 if locks else 10, locks) > 2
 
 
 @pytest.mark.slow
@@ -226,6 +240,50 @@ def test_a_large_crowd(folder, locks):
 @pytest.mark.parametrize("past", ["nothing", "a tombstone", "a broken track"])
 def test_of_sixteen_that_put_one_track_the_first_stays_and_all_have_it(folder, past, locks):
     assert processes.apart(processes.race, folder, 16, past, locks) < 16
+
+
+def test_a_track_removed_while_it_is_read_is_absent_and_not_damaged(folder, monkeypatch):
+    path, real = folder / "s.zarr", place.Place.read
+
+    def removed_meanwhile(self, *args, **options):
+        drop(0)(path)
+        return real(self, *args, **options)
+
+    create(path)
+    monkeypatch.setattr(place.Place, "read", removed_meanwhile)
+    store = Store(path)
+    for look in (lambda: store.get(RECIPE, media_of(0)), lambda: store.read(store.entries()[0])):
+        put(0)(path)
+        with pytest.raises(KeyError):
+            look()
+    put(0)(path)
+    assert list(store.verify()) == []
+    assert not (path / ".quarantine").exists()
+
+
+def test_a_mark_that_a_killed_process_left_where_there_are_no_locks_holds_nobody_up_for_ever(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(disk, "fcntl", NoLocks())
+    monkeypatch.setattr(disk, "_KILLED_S", 0.1)
+    store = create(folder / "s.zarr")
+    (store.path / ".staging" / "videos.lock").touch()
+    link(0, "mae")(store.path)
+    assert set(store.videos()) == {"v0"}
+    assert not left_in(store.path)
+
+
+def test_only_what_this_machine_would_see_locked_is_swept_within_a_day(folder):
+    store = create(folder / "s.zarr")
+    with store.at.staging() as staged:
+        ours = staged.with_name(staged.name + "0")
+    theirs = ours.with_name("another machine's")
+    for minutes, swept in ((0, set()), (2, {ours}), (2000, {ours, theirs})):
+        for left in (ours, theirs):
+            left.mkdir(exist_ok=True)
+            os.utime(left, (time.time() - 60 * minutes,) * 2)
+        create(store.path)
+        assert {left for left in (ours, theirs) if not left.exists()} == swept
 
 
 # ---- a store that is not ours, or cannot be written ----------------------------------------------------------------
@@ -277,3 +335,25 @@ def test_what_was_mended_since_it_was_found_broken_is_not_set_aside(folder, monk
     reader.has(RECIPE, media_of(0))
     assert is_as_noted(Store(path).get(RECIPE, media_of(0)), notes_of(0))
     assert len(list((path / ".quarantine").glob("*/"))) == 1
+
+
+def test_a_copy_without_the_hidden_folders_is_a_store(folder):
+    for step in (create, put(0), link(0, "mae")):
+        step(folder / "s.zarr")
+    shutil.copytree(folder / "s.zarr", folder / "copy.zarr", ignore=shutil.ignore_patterns(".*"))
+    for step in (put(1), link(0, "other"), create):
+        step(folder / "copy.zarr")
+    assert len(contents(folder / "copy.zarr")) == 4
+
+
+def test_a_file_system_that_knows_no_fsync_of_folders_is_written(folder):
+    class Remote(Layer):
+        def call(self, name, real, *args):
+            if name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(*args)
+
+    with through(Remote()):
+        for step in (create, put(0), link(0, "mae")):
+            step(folder / "s.zarr")
+    assert len(contents(folder / "s.zarr")) == 3

@@ -1,286 +1,190 @@
-"""Attempts to make the store lie: bits that rot, files that are something else, records forged; all is seen, nothing believed."""
+"""Attempts to make the store lie: forged records, pages that are no pages, links that lead out: refused or ignored."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import random
 import shutil
-import stat
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from vacli import VacliError
-from vacli.store import Store, Track, digest, folder_name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vacli.store import Store
 
+from . import hostile_stores
 from .fault_layer import Layer, through
+from .hostile_stores import MEDIA, RECIPE, TRACK
 
-MAE, LABEL = {"track": "mae", "version": 1}, {"track": "label.va", "version": 1}
-Key = tuple[str, str]  # track, media
-
-
-def made(rows: int, *row_shape: int, dtype: str = "float16") -> Track:
-    values = np.random.default_rng(rows).normal(size=(rows, *row_shape)).astype(dtype)
-    values[1:2] = np.nan
-    return Track(values, np.arange(rows) / 25)
+KINDS = ("record", "names", "page", "place", "link", "hole", "linked folder", "large")
+Visits = dict[str, dict[str, dict[str, Any]]]  # kind -> name -> what the visitor told
 
 
-RECIPES = {"mae": MAE, "label.va": LABEL}
-WANTED: dict[Key, Track | str] = {
-    ("mae", "a0" * 32): made(3, 2),
-    ("mae", "b1" * 32): made(4, 2, 3, dtype="float32"),
-    ("mae", "c2" * 32): made(0, 2),
-    ("mae", "d3" * 32): "no picture in it",
-    ("label.va", "a0" * 32): made(3, 2, dtype="float32"),
-}
-VIDEOS = {"v1": "a0" * 32, "a/v2": "b1" * 32}
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory) -> Visits:
+    """Every hostile store, visited by one process that has 300 MB and is watched."""
+    top = tmp_path_factory.mktemp("hostile")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile_stores", str(top)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told: Visits = {kind: {} for kind in KINDS}
+    for kind, name, found in map(json.loads, done.stdout.splitlines()):
+        told[kind][name] = found
+    return told
 
 
-def fill(store: Store, keys: Iterable[Key] = tuple(WANTED)) -> None:
-    """Put what is missing, as an extraction would."""
-    for name, media in keys:
-        wanted = WANTED[name, media]
-        if isinstance(wanted, str):
-            store.fail(RECIPES[name], media, wanted)
-        else:
-            store.put(RECIPES[name], media, wanted)
+NOT_YET = pytest.mark.xfail(strict=True, reason="place.py, store.py and track.py are mended by /tmp/d2.patch")
+STRICT = [pytest.param(kind, marks=NOT_YET if kind in ("linked folder", "large") else ()) for kind in KINDS]
 
 
-def link(store: Store) -> None:
-    for video, media in VIDEOS.items():
-        tracks = {name: {"folder": folder_name(RECIPES[name]), "media": media} for name in ("mae",)}
-        store.link(video, {"root": "/data", "media": media, "split": "train"}, tracks)
+@pytest.mark.parametrize("kind", STRICT)
+def test_whatever_a_stranger_wrote_is_refused_in_one_line_or_ignored(visits, kind):
+    """Within 300 MB and 10 s, else there is a MemoryError or TimeoutError. Nothing wrong is read or acknowledged."""
+    assert {name: told["errors"] for name, told in visits[kind].items() if told["errors"]} == {}
 
 
-def same(a: Track, b: Track) -> bool:
-    return (
-        a.values.dtype == b.values.dtype
-        and a.values.shape == b.values.shape
-        and a.values.tobytes() == b.values.tobytes()
-        and a.times_s.tobytes() == b.times_s.tobytes()
+@pytest.mark.parametrize("kind", STRICT[:-1])
+def test_nothing_outside_a_store_is_opened_moved_or_removed(visits, kind):
+    assert {name: told["seen"] for name, told in visits[kind].items() if told["seen"]} == {}
+
+
+def test_verify_names_every_forged_record_and_every_forged_name(visits):
+    for kind, wanted in (("record", hostile_stores.OWN), ("names", "videos/")):
+        unseen = [
+            n for n, told in visits[kind].items() if not any(x.startswith(wanted) for x in told["named"])
+        ]
+        assert unseen == []
+        assert len(visits[kind]) > 50
+
+
+def test_a_hole_of_the_right_size_is_mapped_and_one_of_1e13_rows_is_refused(visits):
+    assert {name: told["sparse"] for name, told in visits["hole"].items()} == {
+        "[64, 2097152]": [[64, 2097152], 0],
+        "[10000000000000, 1]": None,
+        "[8000000000000, 1]": None,
+        "[274877906944, 1]": None,
+    }
+
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        0,
+        -1,
+        2**31,
+        2**63,
+        10**400,
+        0.5,
+        1e300,
+        "",
+        "x",
+        "../..",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        RECIPE,
+        "0" * 64,
+    ]
+)
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> Callable[[Any], None]:
+    """A change of one place of a JSON: another value, one more, one less."""
+    way, what, odd = (
+        draw(st.lists(st.integers(0, 9), min_size=1, max_size=5)),
+        draw(st.sampled_from("sda")),
+        draw(ODD),
     )
 
-
-def found(store: Store, key: Key) -> Track | str | None:
-    """What the store says of a key: a track, the reason on a tombstone, or None: absent or refused."""
-    recipe, media = RECIPES[key[0]], key[1]
-    try:
-        return store.get(recipe, media)
-    except KeyError:
-        return store.failure(recipe, media)
-    except VacliError as e:
-        assert "\n" not in str(e)
-        return None
-
-
-def right(store: Store, key: Key) -> bool:
-    """True: what was put. False: absent or refused. Anything else is a lie."""
-    what, wanted = found(store, key), WANTED[key]
-    if what is None:
-        return False
-    assert what == wanted if isinstance(wanted, str) else isinstance(what, Track) and same(what, wanted)
-    return True
-
-
-# ---- corruption ------------------------------------------------------------------------------------------------
-
-
-def content(path: Path | str) -> Any:
-    """What a file or folder is, not following links; of JSON that holds something of ours, only that."""
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return None
-    if stat.S_ISDIR(mode):
-        return {name: content(f"{path}/{name}") for name in os.listdir(path)}
-    if not stat.S_ISREG(mode):
-        return "a link" if stat.S_ISLNK(mode) else "a pipe"
-    with open(path, "rb") as f:
-        data = f.read()
-    try:
-        return json.dumps(json.loads(data)["attributes"]["vacli"]) if str(path).endswith("zarr.json") else data
-    except (ValueError, LookupError, TypeError):
-        return data
-
-
-def states(place: Path) -> dict[str, Any]:
-    """All that verify vouches for, under the names it gives: entries, the pages of recipes."""
-    return {
-        f"{group}/{name}": content(place / group / name)
-        for group in os.listdir(place) if "@" in group
-        for name in os.listdir(place / group)
-    }  # fmt: skip
-
-
-Damage = Callable[[random.Random, Path, Path], None]  # to a path; what is moved away goes to the other
-
-
-def _rewritten(change: Callable[[random.Random, bytearray], None]) -> Damage:
-    def damage(rng: random.Random, path: Path, _: Path) -> None:
-        data = bytearray(path.read_bytes())
-        change(rng, data)
-        path.unlink()
-        path.write_bytes(data)
-
-    return damage
-
-
-def _flip(rng: random.Random, data: bytearray) -> None:
-    if data:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-
-
-def _truncate(rng: random.Random, data: bytearray) -> None:
-    del data[rng.randrange(len(data) + 1) :]
-
-
-def _extend(rng: random.Random, data: bytearray) -> None:
-    data.extend(rng.choice([bytes(4), data[-8:], rng.randbytes(rng.randrange(1, 99))]))
-
-
-def _zero(rng: random.Random, data: bytearray) -> None:
-    start = rng.randrange(len(data) + 1)
-    stop = min(len(data), start + rng.randrange(1, 64))
-    data[start:stop] = bytes(stop - start)
-
-
-def _delete(_: random.Random, path: Path, __: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _folder(rng: random.Random, path: Path, aside: Path) -> None:
-    _delete(rng, path, aside)
-    path.mkdir()
-
-
-def _link_to_itself_elsewhere(_: random.Random, path: Path, aside: Path) -> None:
-    """What is linked to is right, and yet not the store's."""
-    path.rename(aside)
-    path.symlink_to(aside)
-
-
-def _dangling(rng: random.Random, path: Path, aside: Path) -> None:
-    _delete(rng, path, aside)
-    path.symlink_to(aside / "nowhere")
-
-
-def _fifo(rng: random.Random, path: Path, aside: Path) -> None:
-    _delete(rng, path, aside)
-    os.mkfifo(path)
-
-
-def _file(rng: random.Random, path: Path, aside: Path) -> None:
-    _delete(rng, path, aside)
-    path.write_bytes(b"")
-
-
-ON_FILES: dict[str, Damage] = {
-    "flip": _rewritten(_flip), "truncate": _rewritten(_truncate), "extend": _rewritten(_extend), "zero": _rewritten(_zero),
-}  # fmt: skip
-ON_ANY: dict[str, Damage] = {
-    "empty": _file, "delete": _delete, "folder": _folder, "fifo": _fifo, "link": _link_to_itself_elsewhere,
-    "dangling link": _dangling,
-}  # fmt: skip
-
-
-class Corrupting:
-    """A copy of a store, damaged in one place after the other and mended each time."""
-
-    def __init__(self, whole: Path, place: Path, seed: int) -> None:
-        self.whole, self.place, self.aside = whole, Path(shutil.copytree(whole, place)), place.with_name("aside")
-        self.rng, self.before = random.Random(seed), states(whole)
-        paths = sorted(p for p in whole.rglob("*") if not p.relative_to(whole).parts[0].startswith("."))
-        self.files = [str(p.relative_to(whole)) for p in paths if p.is_file()]
-        self.folders = [str(p.relative_to(whole)) for p in paths if p.is_dir() and len(p.relative_to(whole).parts) > 1]
-
-    def damage(self) -> str:
-        """One file, or folder of an entry or of a video's names; returns what was done to it."""
-        files, rng = self.rng.random() < 0.8, self.rng
-        name = rng.choice(self.files if files else self.folders)
-        how = rng.choice([*ON_ANY, "swap", *(2 * [*ON_FILES] if files else ())])
-        if how == "swap":
-            alike = [n for n in (self.files if files else self.folders) if len(Path(n).name) == len(Path(name).name)]
-            self._swap(self.place / name, self.place / rng.choice(alike))
+    def change(found: Any) -> None:
+        for number in way:
+            inner = list(found) if isinstance(found, dict) else range(len(found))
+            if not inner:
+                break
+            key = inner[number % len(inner)]
+            if not isinstance(found[key], dict | list) or number == way[-1]:
+                break
+            found = found[key]
+        if what == "a" or not inner:
+            found.update({"more": odd}) if isinstance(found, dict) else found.append(odd)
+        elif what == "d":
+            del found[key]
         else:
-            (ON_ANY | ON_FILES)[how](rng, self.place / name, self.aside)
-        if how in ON_FILES:  # a checksum is verified once for each (inode, size, times)
-            at_ns = rng.randrange(10**18)
-            os.utime(self.place / name, ns=(at_ns, at_ns))
-        return f"{how} {name}"
+            found[key] = odd
 
-    def _swap(self, one: Path, other: Path) -> None:
-        if one == other or one in other.parents or other in one.parents:
-            return
-        one.rename(self.aside)
-        other.rename(one)
-        self.aside.rename(other)
+    return change
 
-    def one(self) -> None:
-        """Damage; nothing wrong is read; what has changed is named; and putting it again mends it."""
-        what, named = self.damage(), set()
-        now = states(self.place)
-        try:
-            store = Store(self.place)
-        except VacliError as e:
-            assert content(self.place / "zarr.json") != content(self.whole / "zarr.json"), f"{what}: {e}"
+
+@pytest.mark.parametrize(
+    "page", ["record", "recipe", "names", "memo", "root", "metadata", "index", "whole record"]
+)
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_json_changed_anywhere_and_signed_again_is_refused_or_means_the_same(tmp_path, page, examples):
+    good, place = tmp_path / "good", tmp_path / "s"
+    with through(Layer()):
+        hostile_stores.good(good)
+
+    @settings(max_examples=examples)
+    @given(mutations())
+    def visit(change):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(good, place)
+        if page in ("metadata", "whole record"):  # as it stands in the file, and unsigned
+            path = place / hostile_stores.PAGES[page.split()[-1]]
+            text = json.loads(path.read_text())
+            change(text)
+            path.write_text(json.dumps(text))
         else:
-            named = {name for name, _, wrong in store.verify() if wrong is not None}
-            self._check(store, what, now, named)
-        self._mend(named)
-        assert states(self.place) == self.before, what
-        if os.path.lexists(self.aside):
-            _delete(self.rng, self.aside, self.aside)
+            hostile_stores.forge(place, hostile_stores.PAGES[page], change)
+        with through(Layer()):
+            assert hostile_stores.Visit(place).errors == []
 
-    def _check(self, store: Store, what: str, now: dict[str, Any], named: set[str]) -> None:
-        for name in self.before.keys() | now.keys():
-            if now.get(name) == self.before.get(name):
-                assert name not in named, f"{what}: {name} is named, and it is right"
-            elif name.endswith("zarr.json") or name in store.entries():
-                assert name in named, f"{what}: verify does not see {name}"
-        for key in WANTED:
-            name = store.entry_of(RECIPES[key[0]], key[1])
-            assert right(store, key) or now.get(name) != self.before[name], f"{what}: {name} is refused, and it is right"
-        with contextlib.suppress(VacliError):
-            assert store.videos().keys() <= VIDEOS.keys()
-
-    def _mend(self, named: set[str]) -> None:
-        """As a user would: `vacli store verify --repair`, then the same extraction again."""
-        for page in ["zarr.json", *(n for n in self.files + self.folders if n.startswith("videos/"))]:
-            if os.path.lexists(self.place / page) and content(self.place / page) != content(self.whole / page):
-                _delete(self.rng, self.place / page, self.aside)
-        if not (self.place / "zarr.json").exists():
-            shutil.copy(self.whole / "zarr.json", self.place / "zarr.json")
-        store = Store(self.place, create=True)
-        for name in named:
-            store.set_aside(name)
-        fill(store, [(n, m) for n, m in WANTED if not (store.has(RECIPES[n], m) or store.failure(RECIPES[n], m))])
-        link(store)
+    visit()
 
 
-@pytest.fixture
-def whole(tmp_path) -> Path:
-    """A small store of every kind of entry; with `through(Layer())` no test waits for the disk."""
-    with through(Layer()):
-        store = Store(tmp_path / "whole.zarr", create=True)
-        fill(store)
-        link(store)
-    return store.path
+# ---- what is written can be read -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounds", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_corruption_is_believed_unseen_or_beyond_mending(whole, tmp_path, rounds):
-    corrupting = Corrupting(whole, tmp_path / "s.zarr", seed=rounds)
-    with through(Layer()):
-        for number in range(rounds):
-            corrupting.one()
-            if number % 100 == 0:
-                shutil.rmtree(corrupting.place / ".quarantine", ignore_errors=True)
-    assert [what for *_, what in Store(corrupting.place).verify()] == [None] * len(WANTED)
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"x": "a" * 70_000},
+        {"x": ["é"] * 20_000},
+        {"x": hostile_stores._deep(20)},
+        {"x": float("nan")},
+        {1: 2},
+    ],
+    ids=["long", "wide", "deep", "NaN", "number"],
+)
+def test_notes_that_could_not_be_read_back_are_refused_before_they_are_acknowledged(tmp_path, provenance):
+    store = Store(tmp_path / "s.zarr", create=True)
+    with pytest.raises(ValueError, match=r"bytes|deep|JSON|text"):
+        store.put(RECIPE, MEDIA, TRACK, provenance)
+    assert store.entries() == []
+    assert store.at.hidden(".staging") == []
+
+
+@NOT_YET
+@pytest.mark.parametrize("media", ["../../../../../x", "/etc", "a0", "A0" * 32, "", "a0" * 32 + "\n"])
+def test_what_is_no_digest_of_a_medium_leads_nowhere(tmp_path, media):
+    store = Store(tmp_path / "s.zarr", create=True)
+    outside = tmp_path / "x"
+    outside.mkdir()
+    for call in (store.has, store.get, store.failure, store.provenance, store.entry_of):
+        with pytest.raises(ValueError, match="SHA-256"):
+            call(RECIPE, media)
+    with pytest.raises(ValueError, match="SHA-256"):
+        store.put(RECIPE, media, TRACK)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.zarr", "x"]

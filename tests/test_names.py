@@ -1,4 +1,4 @@
-"""What people call videos: every id is one safe path on every system, two texts stay two, and a record is what was written."""
+"""What people call videos: every id is one safe path on every system, two texts stay two, any change is seen."""
 
 from __future__ import annotations
 
@@ -16,22 +16,18 @@ MEDIA = "ab" * 32
 TRACK = {"folder": folder_name({"track": "mae", "version": 1}), "media": MEDIA}
 FACTS = {"root": "/data", "media": MEDIA, "split": "train", "tracks": {"mae": TRACK}}
 PLAIN = (
-    "video1", "a/b/c", "30-30-1920x1080_left", "P1 (take 2)", "été", "видео", "日本語/一", "a.b.c", "v=1,x&y", "100%", "#1",
+    "video1", "a/b/c", "30-30-1920x1080_left", "P1 (take 2)", "été", "видео", "日本語/一", "a.b.c", "v=1,x&y", "100%",
+    "#1",
 )  # fmt: skip
 INVISIBLE = "\u200b\u200d\u2060\ufeff\u00ad\u034f\u115f\u1160\u3164\u2800\ufe0f\U000e0101\u180b"
 BIDI = "\u202e\u2066\u200f\u061c"
-NOT_PLAIN = {
-    "up": "../../x", "inside up": "a/../b", "dot": "a/./b", "hidden": ".staging/x", "absolute": "/etc/passwd", "empty": "",
-    "empty part": "a//b", "end slash": "a/", "backslash": "a\\b", "drive": "C:\\x", "stream": "a:b", "nul": "a\0b",
-    "newline": "a\nb", "escape": "a\x1b[31mb", "delete": "a\x7fb", "device": "CON", "device with suffix": "com1.mp4",
-    "device with blanks": "con .txt", "console": "CONIN$", "device inside": "a/Nul/b", "end dot": "a.", "end blank": "a ",
-    "first blank": " a", "blank in the middle": "a /b", "option": "-rf", "home": "~root", "question": "a?", "star": "*",
-    "pipe": "a|b", "quote": 'a"b', "full-width slash": "a／b", "full-width dots": "．．/a", "one-dot leader": "․․/a",
-    "ligature": "ﬁlm", "decomposed": "e\u0301", "superscript device": "COM\u00b9", "line separator": "a\u2028b",
-    "no-break blank": "a\u00a0b", "ogham blank": "a\u1680b", "surrogate": "a\udcffb", "private": "a\ue000b",
-    "300 characters": "x" * 300, "300 wide": "日" * 100, "many parts": "/".join(["part"] * 200),
-    **{f"invisible {ord(c):x}": f"a{c}b" for c in INVISIBLE}, **{f"bidi {ord(c):x}": f"a{c}b" for c in BIDI},
-}  # fmt: skip
+NOT_PLAIN = (
+    "../../x", "a/../b", "a/./b", ".staging/x", "/etc/passwd", "", "a//b", "a/", "a\\b", "C:\\x", "a:b",
+    "a\0b", "a\nb", "a\x1b[31mb", "a\x7fb", "CON", "com1.mp4", "con .txt", "CONIN$", "a/Nul/b",
+    "COM\u00b9", "a.", "a ", " a", "a /b", "-rf", "~root", "a?", "*", "a|b", 'a"b', "a<b", "a／b", "．．/a",
+    "․․/a", "ﬁlm", "e\u0301", "a\u2028b", "a\u00a0b", "a\u1680b", "a\udcffb", "a\ue000b", "x" * 300,
+    "日" * 100, "/".join(["part"] * 200), *(f"a{c}b" for c in INVISIBLE + BIDI),
+)  # fmt: skip
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{p}{n}" for p in ("COM", "LPT") for n in "0123456789"
 }
@@ -46,9 +42,8 @@ def test_a_plain_id_stays_what_it_is(text):
     assert plain_id(text) == text
 
 
-@pytest.mark.parametrize("kind", NOT_PLAIN)
-def test_what_is_not_plain_is_mapped_and_refused_as_an_id(tmp_path, kind):
-    text = NOT_PLAIN[kind]
+@pytest.mark.parametrize("text", NOT_PLAIN, ids=lambda text: f"{text!r:.30}")
+def test_what_is_not_plain_is_mapped_and_refused_as_an_id(tmp_path, text):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{8}", plain_id(text))
     store = Store(tmp_path / "s.zarr", create=True)
     before = sorted(tmp_path.rglob("*"))
@@ -98,7 +93,7 @@ def test_every_id_is_a_path_below_a_folder_on_every_system(text):
 
 
 def test_every_id_can_be_made_as_a_file(tmp_path):
-    paths = {plain_id(text): tmp_path / plain_id(text) for text in (*PLAIN, *NOT_PLAIN.values())}
+    paths = {plain_id(text): tmp_path / plain_id(text) for text in PLAIN + NOT_PLAIN}
     for made, path in paths.items():
         path = path.with_name(path.name + ".csv")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +106,9 @@ def test_what_is_written_of_an_id_is_read_again_and_any_change_of_it_is_seen():
     whole = record("v", FACTS)
     assert checked(folder_of("v"), whole) == ("v", FACTS)
     for change in (
-        {"split": "trajn"}, {"root": "/dat1"}, {"media": "cd" * 32}, {"media": None}, {"tracks": {}}, {"id": "w"}, {"more": 1},
-        {"digest": "0" * 64}, {"tracks": {"mad": TRACK}}, {"tracks": {"mae": {**TRACK, "media": "cd" * 32}}},
+        {"split": "trajn"}, {"root": "/dat1"}, {"media": "cd" * 32}, {"media": None}, {"tracks": {}}, {"id": "w"},
+        {"more": 1}, {"digest": "0" * 64}, {"tracks": {"mad": TRACK}},
+        {"tracks": {"mae": {**TRACK, "media": "cd" * 32}}},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="has been changed"):
             checked(folder_of("v"), {**whole, **change})
@@ -130,12 +126,12 @@ def test_what_is_written_of_an_id_is_read_again_and_any_change_of_it_is_seen():
 )  # fmt: skip
 def test_names_that_lead_elsewhere_are_refused_from_the_caller_and_from_the_disk(tmp_path, change):
     facts = {**FACTS, **change}
-    with pytest.raises(ValueError, match="must be|must match|points to"):
+    with pytest.raises(ValueError, match=r"must be|must match|points to"):
         check_facts(facts)
-    with pytest.raises(ValueError, match="must be|must match|points to"):
+    with pytest.raises(ValueError, match=r"must be|must match|points to"):
         checked(folder_of("v"), record("v", facts))
     store = Store(tmp_path / "s.zarr", create=True)
-    with pytest.raises(ValueError, match="must be|must match|points to"):
+    with pytest.raises(ValueError, match=r"must be|must match|points to"):
         store.link("v", {k: facts[k] for k in ("root", "media", "split")}, facts["tracks"])
     assert store.videos() == {}
 

@@ -1,4 +1,4 @@
-"""A store made by the first release reads as it lies, is brought up to date without loss, and a newer one is left alone."""
+"""A store made by the first release reads as it lies and is brought up to date without loss; a newer one is left."""
 
 from __future__ import annotations
 

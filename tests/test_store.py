@@ -295,28 +295,53 @@ def test_a_tombstone_is_no_track_and_gives_way_to_one(store):
     assert same(store.get(RECIPE, MEDIA), track())
 
 
-def test_reading_maps_the_chunk_and_changes_nothing(store):
+@pytest.mark.parametrize("how", [Store.get, Store.map])
+def test_what_was_read_outlives_its_removal_and_cannot_be_changed(store, how):
     store.put(RECIPE, MEDIA, track(5000, 64))
-    got = store.get(RECIPE, MEDIA)
-    assert not got.values.flags.owndata
+    got = how(store, RECIPE, MEDIA)
     with pytest.raises(ValueError, match="read-only"):
         got.values[0] = 0
-    store.drop(store.entry_of(RECIPE, MEDIA))  # what is mapped stays
+    store.drop(store.entry_of(RECIPE, MEDIA))
     assert same(got, track(5000, 64))
     assert not store.has(RECIPE, MEDIA)
 
 
-def test_a_checksum_is_worked_out_once_until_the_file_changes(store, monkeypatch):
+@pytest.mark.parametrize("rows", [0, 1, 50, 40_000])
+def test_a_map_is_what_is_read(store, rows):
+    store.put(RECIPE, MEDIA, track(rows, 16))
+    read, mapped = store.get(RECIPE, MEDIA), store.map(RECIPE, MEDIA)
+    assert same(read, mapped)
+    assert read.values.dtype == mapped.values.dtype
+    assert not rows or read.values.ctypes.data % 64 == mapped.values.ctypes.data % 64 == 0
+
+
+def test_a_maps_checksum_is_worked_out_once_until_the_file_changes(store, monkeypatch):
     store.put(RECIPE, MEDIA, track())
     worked_out = []
-    real = entry.google_crc32c.value
-    monkeypatch.setattr(entry.google_crc32c, "value", lambda raw: worked_out.append(len(raw)) or real(raw))
+    real = entry.crc32c.crc32c
+    monkeypatch.setattr(
+        entry.crc32c, "crc32c", lambda raw, *before: worked_out.append(len(raw)) or real(raw, *before)
+    )
     for _ in range(3):
-        store.get(RECIPE, MEDIA)
-    assert len(worked_out) == 2  # values, times_s
+        store.map(RECIPE, MEDIA)
+    assert sorted(worked_out) == [400, 400, 400, 800]  # the times each time, the values once
     flip(chunk(store), 40)
     with pytest.raises(Damaged, match="checksum"):
-        store.get(RECIPE, MEDIA)
+        store.map(RECIPE, MEDIA)
+
+
+def test_a_chunk_of_holes_takes_no_memory(store):
+    store.put(RECIPE, MEDIA, track(50, 1024))
+    path = chunk(store)
+    size = path.stat().st_size
+    os.truncate(path, 0)
+    os.truncate(path, size)
+    seen = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(entry, "_read", lambda fd, wanted, crc: seen.append(wanted) or np.zeros(wanted, np.uint8))
+        with pytest.raises(Damaged):
+            store.get(RECIPE, MEDIA)
+    assert size not in seen
 
 
 @pytest.mark.parametrize("refused", [errno.EACCES, errno.EMFILE, errno.EIO])
@@ -341,7 +366,9 @@ def test_a_recipe_that_is_not_the_folders_is_seen_and_healed(store):
     with pytest.raises(Damaged, match="another one"):
         store.recipe_of(folder_name(RECIPE))
     assert [what is None for *_, what in store.verify()] == [False, True]
-    assert Store(store.path).has(RECIPE, MEDIA)  # the track is whole, and whoever asks for it knows its recipe
+    assert Store(store.path).has(
+        RECIPE, MEDIA
+    )  # the track is whole, and whoever asks for it knows its recipe
     assert store.recipe_of(folder_name(RECIPE)) == RECIPE
     assert [what for *_, what in store.verify()] == [None]
 
