@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .race import Result, Target
 
-PACKAGES = ("numpy", "zarr", "h5py", "google-crc32c")
+PACKAGES = ("numpy", "zarr", "h5py", "crc32c")
 HEAD = "| | median | GB/s | ratio | quartiles | target | |\n|---|--:|--:|--:|--:|--:|---|"
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -33,6 +33,7 @@ _BLOCK = 512 * 1024  # bytes read and checked at once: what stays in the process
 _ALIGN = 64  # bytes: copies between places that differ modulo this run at half speed
 NAME = re.compile(r"[0-9a-f]{24}")  # of an entry in its folder
 _CHUNK_LIMIT = 2**40  # bytes; a sparse file could claim more, and reading it would take an hour
+_HOLLOW_LIMIT = 2**30  # bytes of a chunk that takes less than half of them on the disk
 _ROW_LIMIT = 2**24  # numbers in a row
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 _seen_right: set[tuple[int, ...]] = set()  # chunks whose checksum this process has verified
@@ -367,8 +368,10 @@ def _array(
         found = os.fstat(fd)
         if found.st_size != wanted:
             raise ValueError(f"{name} is not the {wanted} bytes its record says")
-        if found.st_blocks * 512 < wanted // 2:  # mostly holes: it could claim more than there is memory
-            how = _map
+        if found.st_blocks * 512 < wanted // 2:  # mostly holes, or a disk that compresses
+            if wanted > _HOLLOW_LIMIT:
+                raise ValueError(f"{name} claims {wanted} bytes, of which there are {found.st_blocks * 512}")
+            how = _map  # which takes no memory
         raw = how(fd, wanted, array["crc32c"])
     except _Wrong as e:
         raise ValueError(f"the checksum of {name} is wrong") from e

@@ -15,7 +15,7 @@ from .entry import Damaged, Unreadable
 from .store import Store
 
 _INDEX = ".index/zarr.json"
-_INDEX_LIMIT = 2**28
+_INDEX_LIMIT = 2**23  # bytes: 30,000 entries; of more the records are read
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _look(store: Store, name: str) -> Entry | None:
 
 def _known(store: Store) -> dict[str, tuple[str, Entry]]:
     try:
-        rows = entry.parse_group(disk.read_small(store.path / _INDEX, _INDEX_LIMIT))
+        rows = entry.parse_group(store.at.load_here(_INDEX, _INDEX_LIMIT))
         return {
             name: (stamp, Entry(**{**e, "shape": tuple(e["shape"]) if e["shape"] else None}))
             for name, (stamp, e) in rows.items()

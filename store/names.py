@@ -70,8 +70,7 @@ def record(video_id: str, facts: dict[str, Any]) -> dict[str, Any]:
 def checked(folder: str, found: Any) -> tuple[str, dict[str, Any]]:
     """(id, facts) of what lies in `videos/<folder>`. Raises ValueError if it is not what we would have written."""
     facts = dict(found)
-    own = facts.pop("digest", None)
-    if own is not None and own != digest(facts, of_json=True):
+    if facts.pop("digest") != digest(facts, of_json=True):
         raise ValueError("it has been changed")
     video_id = facts.pop("id")
     if plain_id(video_id) != video_id or folder_of(video_id) != folder:

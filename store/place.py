@@ -99,12 +99,27 @@ class Place:
 
     def load(self, path: str, limit: int) -> bytes:
         """A file. Raises FileNotFoundError, OSError, ValueError (larger than `limit` bytes, no regular file)."""
-        return disk.read_small(self.path / path, limit)
+        return self.load_here(path, limit)
+
+    def load_here(self, path: str, limit: int) -> bytes:
+        """As `load`, and only on this machine."""
+        return disk.read_small(self._inside(*path.rpartition("/")[::2]), limit)
+
+    def _inside(self, folder: str, name: str = "") -> Path:
+        """A folder of the store, or what lies in it. Raises NotADirectoryError if it, or one above it, is a link: what
+        that leads to is not ours to read, to change or to remove.
+        """
+        inside = self.path
+        for part in folder.split("/") if folder else ():
+            inside = inside / part
+            if inside.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a link, wanted a folder", str(inside))
+        return inside / name
 
     def folders(self, path: str) -> list[str]:
         """The names of the folders in a folder; none if it is not there."""
         try:
-            with os.scandir(self.path / path) as found:
+            with os.scandir(self._inside(path)) as found:
                 return [e.name for e in found if e.is_dir(follow_symlinks=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -112,11 +127,11 @@ class Place:
     def stamps(self, folder: str) -> dict[str, str]:
         """The names of the entries in a folder, each with a stamp that another entry in its place would not have."""
         try:
-            with os.scandir(self.path / folder) as found:
+            with os.scandir(self._inside(folder)) as found:
                 inside = {
                     e.name: e.stat(follow_symlinks=False) for e in found if e.is_dir(follow_symlinks=False)
                 }
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         return {n: f"{s.st_ino} {s.st_mtime_ns}" for n, s in inside.items() if entry.NAME.fullmatch(n)}
 
@@ -126,7 +141,7 @@ class Place:
 
     def save_here(self, path: str, data: bytes) -> None:
         """As `save`, and only on this machine."""
-        target, aside = self.path / path, self._staging() / _fresh()
+        target, aside = self._inside(*path.rpartition("/")[::2]), self._staging() / _fresh()
         try:
             with disk.NewFile(aside) as f:
                 f.lock()
@@ -142,14 +157,15 @@ class Place:
     @contextlib.contextmanager
     def locked(self, folder: str) -> Iterator[None]:
         """One writer in a folder (a group, made if absent) at a time."""
-        if not (self.path / folder / "zarr.json").exists():
+        page = self._inside(folder, "zarr.json")
+        if not page.exists():
             self.save_here(f"{folder}/zarr.json", entry.group_json({}))
-        with disk.one_at_a_time(self.path / folder / "zarr.json", self._staging() / f"{folder}.lock"):
+        with disk.one_at_a_time(page, self._staging() / f"{folder}.lock"):
             yield
 
     def _staging(self) -> Path:
         """The folder of what is being written, which a copy of a store may lack."""
-        inside = self.path / ".staging"
+        inside = self._inside(".staging")
         if not (inside / "zarr.json").exists():
             disk.make_folders(inside)
             aside = inside / _fresh()
@@ -187,7 +203,7 @@ class Place:
 
     def commit(self, staged: Path, name: str, tombstone: bool) -> None:
         """Make a finished folder the entry, unless somebody was first: content-addressed, theirs is as good as ours."""
-        if not self._rename_to(staged, self.path / name):
+        if not self._rename_to(staged, self._inside(*name.split("/"))):
             with self.replacing():
                 self._replace(staged, name, tombstone)
         disk.sync_folder((self.path / name).parent)
@@ -232,11 +248,11 @@ class Place:
 
     def move(self, name: str, hidden: str) -> Path | None:
         """Out of sight, into a hidden folder; None if it is not there."""
-        if not (self.path / hidden / "zarr.json").exists():
+        if not self._inside(hidden, "zarr.json").exists():
             self.save_here(f"{hidden}/zarr.json", entry.group_json({}))
         aside = self.path / hidden / f"{name.replace('/', '.')}.{uuid.uuid4().hex[:8]}"
         try:
-            disk.rename(self.path / name, aside)
+            disk.rename(self._inside(*name.rpartition("/")[::2]), aside)
         except FileNotFoundError:
             return None
         disk.sync_folder(aside.parent)
@@ -255,8 +271,10 @@ class Place:
 
     def hidden(self, folder: str) -> list[Path]:
         """What lies in .staging, .trash or .quarantine."""
-        inside = self.path / folder
-        return sorted(p for p in inside.iterdir() if p.name != "zarr.json") if inside.is_dir() else []
+        try:
+            return sorted(p for p in self._inside(folder).iterdir() if p.name != "zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def _fresh() -> str:

@@ -27,12 +27,13 @@ from .. import __version__
 from . import disk, entry, names
 from .entry import Damaged, Unreadable, Writer
 from .place import StoreError
-from .recipe import Fingerprints, canonical, digest, folder_name, track_name
+from .recipe import SHA256, Fingerprints, canonical, digest, folder_name, track_name
 from .remote import place_of
 from .track import Track
 
 FORMAT = 2  # 1: the names of all videos in one file, videos/zarr.json
-_NAMES_LIMIT, _MEMO_LIMIT = 2**20, 2**28  # bytes of JSON: of one video's names, of the remembered digests
+_NAMES_LIMIT, _MEMO_LIMIT = 2**20, 2**23  # bytes of JSON: of one video's names, of the remembered digests
+_MEMO_LINES = 50_000  # remembered digests, the newest: what fits
 
 
 class Store:
@@ -348,13 +349,13 @@ class Store:
         """Keep the media digests worked out so far, so that the next run hashes nothing twice."""
         if self.fingerprints.changed:
             with self.at.told("remember media digests"):
-                memo = {**self._memo(), **self.fingerprints.memo}
+                memo = dict([*{**self._memo(), **self.fingerprints.memo}.items()][-_MEMO_LINES:])
                 self.at.save_here("fingerprints/zarr.json", entry.group_json(memo))
             self.fingerprints.changed = False
 
     def _memo(self) -> dict[str, str]:
         with contextlib.suppress(OSError, ValueError):  # it can be worked out again
-            text = disk.read_small(self.path / "fingerprints" / "zarr.json", _MEMO_LIMIT)
+            text = self.at.load_here("fingerprints/zarr.json", _MEMO_LIMIT)
             return {k: v for k, v in entry.parse_group(text).items() if isinstance(v, str)}
         return {}
 
@@ -438,10 +439,18 @@ class Store:
             self.recipe_of(folder)
         except Damaged:  # not there yet, or broken
             readable = json.loads(canonical(recipe))
-            self.at.save(f"{folder}/zarr.json", entry.group_json({"recipe": readable}))
+            text = entry.group_json({"recipe": readable})
+            if len(text) > entry.JSON_LIMIT:
+                raise ValueError(f"{folder}: a recipe of {len(text)} bytes cannot be read back") from None
+            self.at.save(f"{folder}/zarr.json", text)
         self._recipes_right.add(folder)
 
 
 def _entry_name(recipe: dict[str, Any], key: str, media: str) -> str:
-    """The name of an entry, of a recipe's digest known already (working it out is half the cost of `has`)."""
+    """The name of an entry, of a recipe's digest known already (working it out is half the cost of `has`).
+
+    Raises ValueError for a medium that is no digest: it would lead elsewhere.
+    """
+    if not SHA256.fullmatch(media):
+        raise ValueError(f"a medium is known by its SHA-256, got {media!r:.80}")
     return f"{track_name(recipe)}@{key[:16]}/{media[:24]}"

@@ -207,7 +207,9 @@ class Scene:
         except VacliError as e:
             said = str(e)
             assert "\n" not in said
-        assert len(os.listdir("/proc/self/fd")) <= opened  # fewer: the stores of tests before are let go any time
+        assert (
+            len(os.listdir("/proc/self/fd")) <= opened
+        )  # fewer: the stores of tests before are let go any time
         return said
 
     def check_after_failure(self, path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_verdict_is_what_the_figure_says(run):
                 if abs(value - bound) > 0.01 * bound + 0.005:  # else rounding decides
                     assert (verdict == "met") == (value < bound if kind == "<" else value > bound), cells
                     checked += 1
-    assert checked >= 8
+    assert checked >= 6
 
 
 def test_the_table_names_what_the_figures_depend_on(run):

@@ -43,7 +43,9 @@ def filled(path: Path) -> Store:
             MAE, media(number), track(number), {"sample": f"vidéo {number}", "torch": "2.15", "loss": 0.1}
         )
     store.put(MAE, media(4), track(4, rows=0))
-    store.fail(MAE, media(5), "no frame can be decoded", {"vacli": "0.0.1", "sample": "broken"})  # of an older release
+    store.fail(
+        MAE, media(5), "no frame can be decoded", {"vacli": "0.0.1", "sample": "broken"}
+    )  # of an older release
     tokens = np.random.default_rng(9).normal(size=(6, 3, 5)).astype(np.float32)
     store.put(LOGMEL, media(0), Track(tokens, np.cumsum(np.ones(6)) ** 1.5))
     for number in range(5):
