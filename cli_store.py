@@ -168,7 +168,7 @@ def store_import(
 ) -> None:
     """Bring in an export of `vacli store export`, or with --track anybody's features and labels.
 
-    With --track, SOURCE is a folder with one file a video (.csv .tsv .txt, also .gz; .npy .npz .h5 .parquet), named after it.
+    With --track, SOURCE is a folder with a file for each video (.csv .tsv .txt, also .gz; .npy .npz .h5 .parquet).
     """
     from .store import Store
     from .store.foreign import import_features
