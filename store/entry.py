@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import VacliError
 from . import disk
-from .recipe import JSON_DEPTH, SHA256, check_json, digest
+from .recipe import SHA256, check_json, digest
 from .track import Track, check_rows, check_times
 
 JSON_LIMIT = 64 * 1024  # of a record or an array's metadata; more is not ours
@@ -33,6 +33,7 @@ _BLOCK = 512 * 1024  # bytes read and checked at once: what stays in the process
 _ALIGN = 64  # bytes: copies between places that differ modulo this run at half speed
 NAME = re.compile(r"[0-9a-f]{24}")  # of an entry in its folder
 _CHUNK_LIMIT = 2**40  # bytes; a sparse file could claim more, and reading it would take an hour
+_FEW_BRACKETS = 64  # however they are nested, that is not too deep
 _HOLLOW_LIMIT = 2**30  # bytes of a chunk that takes less than half of them on the disk
 _ROW_LIMIT = 2**24  # numbers in a row
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
@@ -203,7 +204,7 @@ def parse_group(text: bytes) -> dict[str, Any]:
     """Our attributes in a group's zarr.json. Raises ValueError."""
     try:
         attributes = _DECODER.decode(text.decode())["attributes"]["vacli"]
-        if text.count(b"{") + text.count(b"[") > JSON_DEPTH:  # a usual record has ten
+        if text.count(b"{") + text.count(b"[") > _FEW_BRACKETS:  # a usual record has ten
             check_json(attributes)
     except (RecursionError, KeyError, TypeError) as e:  # 200,000 nested brackets; not ours
         raise ValueError(f"no attributes of vacli ({type(e).__name__})") from e

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import VacliError
 from . import disk, entry
@@ -18,8 +18,7 @@ _INDEX = ".index/zarr.json"
 _INDEX_LIMIT = 2**23  # bytes: 30,000 entries; of more the records are read
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry at a glance. shape: of its values, None for a tombstone or where `broken` says what is wrong."""
 
     shape: tuple[int, ...] | None
@@ -46,9 +45,9 @@ def index(store: Store) -> dict[str, Entry]:
         elif look := _look(store, name):
             found[name], fresh = look, True
     if fresh or known.keys() - stamps.keys():
-        rows = {name: [stamps[name], asdict(e)] for name, e in found.items() if e.broken is None}
+        rows = {name: [stamps[name], *e[:-1]] for name, e in found.items() if e.broken is None}
         with contextlib.suppress(OSError):  # a store that cannot be written is read without
-            store.at.save_here(_INDEX, entry.group_json(rows))
+            store.at.save_here(_INDEX, entry.group_json({"rows": json.dumps(rows)}))
     return found
 
 
@@ -67,13 +66,19 @@ def _look(store: Store, name: str) -> Entry | None:
 
 def _known(store: Store) -> dict[str, tuple[str, Entry]]:
     try:
-        rows = entry.parse_group(store.at.load_here(_INDEX, _INDEX_LIMIT))
-        return {
-            name: (stamp, Entry(**{**e, "shape": tuple(e["shape"]) if e["shape"] else None}))
-            for name, (stamp, e) in rows.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # text within the JSON: thousands of rows that are looked at here, and not before
+        rows = json.loads(entry.parse_group(store.at.load_here(_INDEX, _INDEX_LIMIT))["rows"])
+        return {name: (stamp, _entry(*row)) for name, (stamp, *row) in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _entry(shape: Any, dtype: Any, nbytes: Any, media: Any, failed: Any) -> Entry:
+    """A row of the index, which may be a stranger's. Raises ValueError."""
+    plain = type(nbytes) is int and type(dtype) is str and type(media) is str
+    if not plain or (shape and set(map(type, shape)) != {int}):
+        raise ValueError("not of our form")
+    return Entry(tuple(shape) if shape else None, dtype, nbytes, media, failed and str(failed))
 
 
 # ---- what may go -----------------------------------------------------------------------------------------------

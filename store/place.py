@@ -109,12 +109,12 @@ class Place:
         """A folder of the store, or what lies in it. Raises NotADirectoryError if it, or one above it, is a link: what
         that leads to is not ours to read, to change or to remove.
         """
-        inside = self.path
+        inside = str(self.path)
         for part in folder.split("/") if folder else ():
-            inside = inside / part
-            if inside.is_symlink():
-                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a link, wanted a folder", str(inside))
-        return inside / name
+            inside = f"{inside}/{part}"
+            if os.path.islink(inside):
+                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a link, wanted a folder", inside)
+        return Path(inside, name)
 
     def folders(self, path: str) -> list[str]:
         """The names of the folders in a folder; none if it is not there."""

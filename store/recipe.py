@@ -16,6 +16,7 @@ from .. import VacliError
 TRACK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")  # as a recipe's digest and a medium's are written
 JSON_DEPTH, _RECIPE_DEPTH = 16, 12  # of nested JSON, ours has 6; a recipe has room for what is put around it
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 _RACY_NS = 2_000_000_000  # a file changed this close to its hashing may change again within one clock tick
 
 
@@ -28,7 +29,7 @@ def canonical(recipe: dict[str, Any], of_json: bool = False) -> str:
     if not of_json:
         check_json(recipe, _RECIPE_DEPTH)
     try:
-        return json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+        return _ENCODER.encode(recipe)
     except TypeError as e:
         raise ValueError(f"a recipe is JSON: {e}") from e
 

@@ -32,7 +32,7 @@ MEDIA, FAILED, NEW, SPARSE = ("a0" * 32, "d3" * 32, "e4" * 32, "f5" * 32)
 TRACK = Track(np.arange(12, dtype=np.float16).reshape(6, 2), np.arange(6) / 25)
 VIDEO, FACTS = "v1", {"root": "/data", "media": MEDIA, "split": "train"}
 PLACES = {"mae": {"folder": FOLDER, "media": MEDIA}}
-MEMORY_BYTES, PATIENCE_S = 300 * 2**20, 10
+MEMORY_BYTES, PATIENCE_S = 300 * 2**20, 5
 OWN, OTHER = f"{FOLDER}/{MEDIA[:24]}", f"{FOLDER}/{FAILED[:24]}"  # entries
 NAMES = f"videos/{names.folder_of(VIDEO)}"
 PAGES = {

@@ -321,7 +321,7 @@ class Model(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(80, 30), pytest.param(500, 50, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("examples", "steps"), [(60, 30), pytest.param(500, 50, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_a_store_does_what_a_dict_would_whatever_happens_to_it(examples, steps):
     run_state_machine_as_test(Model, settings=settings(max_examples=examples, stateful_step_count=steps))
