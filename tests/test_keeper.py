@@ -75,8 +75,20 @@ def test_an_entry_in_anothers_place_is_not_taken_for_it(store):
     assert keeper.index(store)[name].shape == (5, 8)
 
 
+ROWS_OF_OTHERS = [
+    [],
+    5,
+    {"a": []},
+    {"a": [1, 2]},
+    {"a": ["1", ["x"], "float16", 3, "m", None]},
+    {"a": [1] * 9},
+]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"attributes": {"vacli": {"a": 1}}}', '{"attributes": {"vacli": []}}']
+    "text",
+    ["", "{", "[]", '{"attributes": {}}', "[" * 200_000]
+    + [json.dumps({"attributes": {"vacli": {"rows": json.dumps(rows)}}}) for rows in ROWS_OF_OTHERS],
 )
 def test_a_broken_index_is_made_anew(store, text):
     first = keeper.index(store)
