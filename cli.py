@@ -27,7 +27,9 @@ class _Told(click.Group):
         try:
             return super().invoke(ctx)
         except VacliError as e:
-            raise click.ClickException(" ".join(str(e).split())) from e
+            line = " ".join(str(e).split())
+            # a stranger's file may have had its say in it: nothing that would steer the terminal
+            raise click.ClickException("".join(c if c.isprintable() else "\ufffd" for c in line)) from e
         except KeyboardInterrupt:
             click.echo("\nstopped; what is done is kept, the same command goes on from there", err=True)
             sys.exit(130)

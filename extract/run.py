@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .. import VacliError, lookup
 from ..store import Damaged, Fingerprints, Store, Track
 from ..store.labels import read_va
+from ..store.recipe import TRACK_NAME
 from . import ENCODERS, canary
 from .datasets import Sample
 from .faces import align
@@ -83,7 +84,11 @@ def make_encoders(
         if not all(hasattr(maker, part) for part in ("name", "eats", "options", "recipe")):
             raise VacliError(f"{kind} is no encoder: wanted a class with name, eats, options() and recipe()")
         name = own if sign else kind if kind in ENCODERS else maker.name
-        if name in ("", *OWN_TRACKS, *encoders):
+        if not TRACK_NAME.fullmatch(name):
+            raise VacliError(
+                f"--encoder {spec}: a track cannot be called {name!r}; wanted {TRACK_NAME.pattern}"
+            )
+        if name in (*OWN_TRACKS, *encoders):
             raise VacliError(f"--encoder {spec}: the name {name!r} is taken; wanted another one: NAME={kind}")
         encoders[name] = _made(maker, name, options.get(name, {}), fingerprints)
     strangers = options.keys() - encoders.keys()

@@ -25,8 +25,8 @@ def listing(store: Store) -> list[dict[str, Any]]:
     return [
         {
             "id": video_id,
-            "split": facts["split"],
-            "root": facts["root"],
+            "split": facts["split"] and printable(facts["split"]),
+            "root": printable(facts["root"]),
             "media": facts["media"],
             "tracks": {n: _state(t, known) for n, t in sorted(facts["tracks"].items())},
         }
@@ -93,6 +93,11 @@ def _aligned(rows: list[list[str]], left: int) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def size_text(nbytes: int) -> str:
     """1234567 -> `1.2 MB`."""
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
@@ -124,7 +129,7 @@ def show(store: Store, video_id: str) -> list[str]:
             lines.append("  not there: run `vacli extract` again")
         except (Damaged, Unreadable) as e:
             lines.append(f"  {e}")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _noted(provenance: dict[str, Any]) -> str:

@@ -198,6 +198,13 @@ def test_an_unknown_video_is_named_with_those_like_it(store):
     )
 
 
+def test_a_strangers_text_does_not_steer_the_terminal(store):
+    facts = {"root": "\x1b[2J/data", "media": "00" * 32, "split": "\x1b]0;mine\x07"}
+    store.link("evil", facts, {"mae": store.videos()["v00"]["tracks"]["mae"]})
+    for words in (("ls",), ("show", "evil"), ("ls", "--json")):
+        assert "\x1b" not in vacli("store", *words, "--store", store.path).output
+
+
 def test_du_adds_up(store):
     told = vacli("store", "du", "--store", store.path).output.splitlines()
     on_disk = sum(p.stat().st_size for p in store.path.rglob("c.*"))

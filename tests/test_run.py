@@ -389,7 +389,7 @@ def test_anothers_encoder_is_made_by_its_path_and_again_by_what_the_store_says_o
         (["logmel"], {"mae": {}}, "-o names mae, but the encoders are logmel"),
         (["logmel", "logmel"], {}, "the name 'logmel' is taken; wanted another one: NAME=logmel"),
         (["faces=logmel"], {}, "the name 'faces' is taken"),
-        (["=logmel"], {}, "the name '' is taken"),
+        (["=logmel"], {}, "cannot be called ''"),
     ],
 )
 def test_unknown_encoders_and_options_are_told_with_the_known_ones(names, options, complaint, store):
