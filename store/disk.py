@@ -198,19 +198,19 @@ def _by_making(mark: Path) -> Iterator[None]:
         remove(mark)
 
 
-def read_small(path: Path, limit: int) -> bytes:
+def read_small(path: Path | str, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; no link is followed, no pipe waited for. Raises OSError, ValueError."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
         if size > limit:
-            raise ValueError(f"{path.name} has {size} bytes, more than {limit}")
+            raise ValueError(f"{os.path.basename(path)} has {size} bytes, more than {limit}")
         return os.read(fd, size)
     finally:
         os.close(fd)
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path | str) -> int:
     """A descriptor for reading a regular file; the last part of its path is no link. Raises OSError, ValueError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import platform
+import stat
 import time
 import uuid
 import weakref
@@ -103,18 +104,26 @@ class Place:
 
     def load_here(self, path: str, limit: int) -> bytes:
         """As `load`, and only on this machine."""
-        return disk.read_small(self._inside(*path.rpartition("/")[::2]), limit)
+        folder, _, name = path.rpartition("/")
+        return disk.read_small(f"{self._unlinked(folder)}/{name}", limit)
 
     def _inside(self, folder: str, name: str = "") -> Path:
-        """A folder of the store, or what lies in it. Raises NotADirectoryError if it, or one above it, is a link: what
-        that leads to is not ours to read, to change or to remove.
+        """A folder of the store, or what lies in it; not through a link (`_unlinked`)."""
+        return Path(self._unlinked(folder), name)
+
+    def _unlinked(self, folder: str) -> str:
+        """The path of a folder of the store, as text: it is asked for thousands of times.
+
+        Raises NotADirectoryError if it, or one above it, is a link: what that leads to is not ours to read, to change
+        or to remove.
         """
         inside = str(self.path)
         for part in folder.split("/") if folder else ():
             inside = f"{inside}/{part}"
-            if os.path.islink(inside):
-                raise NotADirectoryError(errno.ENOTDIR, f"{part} is a link, wanted a folder", inside)
-        return Path(inside, name)
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISLNK(os.lstat(inside).st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, f"{part} is a link, wanted a folder", inside)
+        return inside
 
     def folders(self, path: str) -> list[str]:
         """The names of the folders in a folder; none if it is not there."""
