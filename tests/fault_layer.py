@@ -188,7 +188,8 @@ class Platter(Layer):
     def now(self) -> Folder:
         return _copy(self._root, {})
 
-    def _node(self, path: Path) -> Any:
+    def _node(self, path: Path | str) -> Any:
+        path = Path(path)
         node: Any = self._root
         if not path.is_relative_to(self._base):
             return Folder()  # whatever lies outside
