@@ -97,6 +97,12 @@ def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> No
 
     opened = Store(store, create=not dry_run)
     found = keeper.garbage(opened, list(runs))
+    if lost := len(keeper.lost_names(opened)):
+        click.echo(
+            f"note: the names of {lost} videos were set aside as damaged, so no recipe is removed: extract (or import) "
+            "them again first",
+            err=True,
+        )
     for item in found:
         tracks = f"{item.entries} tracks, " if item.path is None else ""
         click.echo(f"{item.name}  {tracks}{size_text(item.nbytes)}: {item.why}")

@@ -110,7 +110,9 @@ def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
         Garbage(f".quarantine/{p.name}", "found damaged", _size(p), path=p)
         for p in store.at.hidden(".quarantine")
     ]
-    used = _used(store, runs)
+    lost = lost_names(store)
+    aside = [item for item in aside if item.path not in lost]
+    used = set(store.folders()) if lost else _used(store, runs)
     unused: dict[str, list[Entry]] = {f: [] for f in store.folders() if f not in used}
     for name, e in index(store).items():
         if name.partition("/")[0] in unused:
@@ -121,6 +123,15 @@ def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
         for name, n in store.at.orphans().items()
     ]
     return left + aside + [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
+
+
+def lost_names(store: Store) -> list[Path]:
+    """Names of videos that were set aside as damaged and not linked again: nobody knows what they referred to, so no
+    recipe is garbage while there are any.
+    """
+    known = set(store.at.folders("videos"))
+    pages = [p for p in store.at.hidden(".quarantine") if p.name.startswith("videos.")]
+    return [p for p in pages if p.name.split(".")[1] not in known]
 
 
 def _used(store: Store, runs: list[Path]) -> set[str]:

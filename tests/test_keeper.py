@@ -294,6 +294,22 @@ def test_gc_sweeps_leftovers_and_what_was_set_aside(store, tmp_path):
     assert contents(store) == before
 
 
+def test_while_names_are_lost_no_recipe_is_taken_for_garbage(store):
+    add_video(store, 0, made_by="nobody's encoder")
+    add_video(store, 0)
+    page = store.at.folders("videos")[0]
+    (store.path / "videos" / page / "zarr.json").write_text("{")
+    store.set_aside(f"videos/{page}")
+    assert keeper.garbage(store, []) == []
+    assert (
+        "names of 1 videos were set aside" in vacli("store", "gc", "--dry-run", "--store", store.path).output
+    )
+    for number, split in enumerate(("train", "train", "validation")):
+        add_video(store, number, split)
+    assert {g.name.partition("@")[0] for g in keeper.garbage(store, []) if g.entries} == {"mae", "logmel"}
+    assert any(g.name.startswith(".quarantine/videos.") for g in keeper.garbage(store, []))
+
+
 def test_gc_lets_what_is_being_written_live(store):
     with store.at.staging() as staged:
         old(staged)
