@@ -11,6 +11,7 @@ import click
 from . import VacliError
 
 if TYPE_CHECKING:
+    from .store import Store
     from .store.hdf5_import import Figures
 
 STORE = click.option(
@@ -58,26 +59,26 @@ def store_verify(store: str, repair: bool) -> None:
     """Read every track with its checksums; names the damaged ones."""
     from tqdm import tqdm
 
-    from .store import Store
+    from .store import Store, keeper
     from .store.show import size_text
 
-    opened = Store(store, create=repair)
-    count, nbytes, damaged = len(opened.entries()), 0, []
+    opened = _to_change(store) if repair else Store(store)
+    entries, nbytes, damaged = set(opened.entries()), 0, []
     calm = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=count, desc="verify", unit="track", mininterval=calm, dynamic_ncols=True) as bar:
+    with tqdm(total=len(entries), desc="verify", unit="track", mininterval=calm, dynamic_ncols=True) as bar:
         for name, size, what in opened.verify():
-            bar.update()
+            bar.update(name in entries)
             nbytes += size
             bar.set_postfix_str(size_text(nbytes), refresh=False)
             if what:
                 damaged.append(name)
                 bar.write(what, file=sys.stderr)
-    click.echo(f"{count} tracks read, {size_text(nbytes)}, {len(damaged)} damaged")
+    click.echo(f"{len(entries)} tracks read, {size_text(nbytes)}, {len(damaged)} damaged")
     if repair and damaged:
-        for name in damaged:
-            opened.set_aside(name)
-        click.echo("they are set aside; run `vacli extract` again to make them anew")
-    elif damaged:
+        mended = sum(keeper.repair(opened, name) for name in damaged)
+        click.echo(f"{mended} of {len(damaged)} set aside; run `vacli extract` again to make them anew")
+        sys.exit(mended < len(damaged))
+    if damaged:
         click.echo("set them aside with `vacli store verify --repair`, then extract again", err=True)
         sys.exit(1)
 
@@ -95,7 +96,7 @@ def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> No
     from .store import Store, keeper
     from .store.show import size_text
 
-    opened = Store(store, create=not dry_run)
+    opened = Store(store) if dry_run else _to_change(store)
     found = keeper.garbage(opened, list(runs))
     if lost := len(keeper.lost_names(opened)):
         click.echo(
@@ -111,7 +112,7 @@ def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> No
         click.echo(f"{len(found)} things may go, {total}" if found else "nothing to remove")
         return
     _ask(yes, f"remove these {len(found)} things, {total}?")
-    click.echo(f"freed {size_text(keeper.gc(opened, found))}")
+    click.echo(f"freed {size_text(keeper.gc(opened, found, list(runs)))}")
 
 
 @store.command("du")
@@ -136,9 +137,9 @@ def store_du(store: str) -> None:
 @_YES
 def store_rm(videos: tuple[str, ...], store: str, tracks: tuple[str, ...], yes: bool) -> None:
     """Remove VIDEOS, or some of their tracks; runs trained on them can no longer be evaluated."""
-    from .store import Store, keeper
+    from .store import keeper
 
-    opened = Store(store, create=True)
+    opened = _to_change(store)
     what = f"{', '.join(tracks)} of " if tracks else ""
     _ask(yes, f"remove {what}{', '.join(videos)} from {store}?")
     for video_id in videos:
@@ -181,6 +182,8 @@ def store_import(
     from .store.hdf5 import LICENCE
     from .store.hdf5_import import import_export
 
+    if not source.exists():
+        raise VacliError(f"no such file or folder: {source}")
     if track is None:
         if source.is_dir() or times or columns or scale:
             raise VacliError(
@@ -199,6 +202,14 @@ def store_import(
 
 
 # ---- told alike by several ---------------------------------------------------------------------------------------
+
+
+def _to_change(place: str) -> Store:
+    """A store that is there, opened for writing; a mistyped one is refused and not made."""
+    from .store import Store
+
+    Store(place)
+    return Store(place, create=True)
 
 
 def _ask(yes: bool, question: str) -> None:

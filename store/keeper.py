@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .. import VacliError
 from . import disk, entry
 from .entry import Damaged, Unreadable
+from .place import StoreError
 from .store import Store
 
 _INDEX = ".index/zarr.json"
@@ -177,15 +178,45 @@ def _runs(runs: list[Path]) -> Iterator[dict[str, Any]]:
             ) from e
 
 
-def gc(store: Store, found: list[Garbage]) -> int:
-    """Remove what `garbage` found; returns the bytes freed. Raises StoreError while others have the store open."""
+def gc(store: Store, agreed: list[Garbage], runs: list[Path]) -> int:
+    """Remove what was agreed on and still is garbage: somebody may have come to need it since. Returns the bytes freed.
+
+    Raises StoreError while others have the store open.
+    """
     with store.at.alone():
+        names = {item.name for item in agreed}
+        found = [item for item in garbage(store, runs) if item.name in names]
         for item in found:
             if item.path is not None:
                 disk.remove(item.path)
             else:
                 store.drop(item.name)
     return sum(item.nbytes for item in found)
+
+
+def repair(store: Store, name: str) -> bool:
+    """Set aside what `verify` found wrong, if it still is; False if it is not, or only cannot be read or moved now."""
+    with store.at.told(f"repair {name}"), store.at.replacing():
+        try:
+            _look_closely(store, name)
+        except (Damaged, StoreError):
+            store.set_aside(name)
+            return not (store.path / name).exists()
+        except (FileNotFoundError, Unreadable):
+            pass
+    return False
+
+
+def _look_closely(store: Store, name: str) -> None:
+    folder, _, page = name.partition("/")
+    if folder == "videos":
+        store.named(page)
+    elif page == "zarr.json":
+        store.recipe_of(folder)
+    else:
+        record = store.at.record(name)
+        if "failed" not in record:
+            store.at.read(name, record, everything=True)
 
 
 def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
@@ -211,9 +242,8 @@ def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
     others = {_address(t) for facts in videos.values() for t in facts["tracks"].values()}
     others |= {_address(t) for name, t in mine.items() if tracks and name not in tracks}
     gone = {_address(t) for name, t in mine.items() if not tracks or name in tracks} - others
-    store.unlink(
-        video_id, tracks or None
-    )  # the names first: a name never points to what was removed on purpose
+    # the names first: a name never points to what was removed on purpose
+    store.unlink(video_id, tracks or None)
     gone |= set() if tracks else set(failed)
     for name in sorted(gone):
         store.drop(name)

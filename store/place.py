@@ -20,13 +20,9 @@ from . import disk, entry
 from .entry import Damaged
 from .track import Track
 
-_LEFT_S, _LEFT_UNLOCKED_S = (
-    60,
-    24 * 3600,
-)  # age of leftovers that may be swept; of those whose lock we might not see
-_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[
-    :8
-]  # over NFS another machine's locks are not seen
+# Age of leftovers that may be swept; of those whose lock we might not see: over NFS, another machine's.
+_LEFT_S, _LEFT_UNLOCKED_S = 60, 24 * 3600
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 class StoreError(VacliError):

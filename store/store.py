@@ -226,8 +226,8 @@ class Store:
                 yield f"{folder}/zarr.json", 0, str(e)
         for folder in self.at.folders("videos"):
             try:
-                self._named(folder)
-            except StoreError as e:
+                self.named(folder)
+            except (StoreError, Unreadable) as e:
                 yield f"videos/{folder}", 0, str(e)
 
     def set_aside(self, name: str) -> None:
@@ -261,7 +261,7 @@ class Store:
         folder = names.folder_of(video_id)
         with self._naming():
             for _ in range(5):  # without locks somebody may write between our look and our writing
-                _, old = self._named(folder) or (None, None)
+                _, old = self.named(folder) or (None, None)
                 try:
                     new = names.merge(old, facts, tracks)
                 except names.Taken as e:
@@ -279,7 +279,7 @@ class Store:
         """Forget the names of a video, or some of its tracks; the tracks themselves stay."""
         folder = names.folder_of(video_id)
         with self._naming():
-            known = self._named(folder)
+            known = self.named(folder)
             if known is None:
                 return
             left = {n: t for n, t in known[1]["tracks"].items() if tracks and n not in tracks}
@@ -300,17 +300,21 @@ class Store:
     def videos(self) -> dict[str, dict[str, Any]]:
         """id -> {"root", "split", "media", "tracks": {name: {"folder", "media"}}}, as last linked, sorted by id."""
         found = dict(self._old_names())
-        found.update(known for folder in self.at.folders("videos") if (known := self._named(folder)))
+        found.update(known for folder in self.at.folders("videos") if (known := self.named(folder)))
         return dict(sorted(found.items()))
 
-    def _named(self, folder: str) -> tuple[str, dict[str, Any]] | None:
-        """(id, facts) that lie in `videos/<folder>`."""
+    def named(self, folder: str) -> tuple[str, dict[str, Any]] | None:
+        """(id, facts) that lie in `videos/<folder>`. Raises StoreError if they are damaged, Unreadable."""
         path = f"videos/{folder}/zarr.json"
         try:
             return names.checked(folder, entry.parse_group(self.at.load(path, _NAMES_LIMIT)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except OSError as e:
+            raise Unreadable(
+                f"cannot read {self}/{path}: {e.strerror}; mend it and run again: what is stored is kept"
+            ) from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise StoreError(
                 f"{self}/{path} cannot be read ({e}): `vacli store verify --repair`, then extract again; "
                 "features are kept"
@@ -338,7 +342,7 @@ class Store:
                 self._format = self._check_format()  # somebody may have been quicker
                 for video_id, facts in self._old_names().items():
                     folder = names.folder_of(video_id)
-                    if self._named(folder) is None:
+                    if self.named(folder) is None:
                         whole = names.record(video_id, facts)
                         self.at.save(f"videos/{folder}/zarr.json", entry.group_json(whole))
                 self.at.save("zarr.json", entry.group_json({"store_format": FORMAT}))

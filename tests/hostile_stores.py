@@ -407,7 +407,7 @@ class Visit:
 
     def _keep_house(self, store: Store) -> None:
         found = self._try("garbage", keeper.garbage, store, [])
-        self._try("gc", lambda: keeper.gc(store, found or []))
+        self._try("gc", lambda: keeper.gc(store, found or [], []))
         self._try("remove", keeper.remove, store, VIDEO, [])
         self._try("drop", store.drop, OTHER)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from vacli import VacliError
 from vacli.cli import main
-from vacli.store import Store, StoreError, Track, digest, folder_name, keeper, show
+from vacli.store import Store, StoreError, Track, digest, disk, folder_name, keeper, show
 
 from .toy_store import LABEL_RECIPE, ROWS, add_video, make_store, recipe, tracks_of
 
@@ -289,7 +290,7 @@ def test_gc_sweeps_leftovers_and_what_was_set_aside(store, tmp_path):
     found = keeper.garbage(store, [])
     assert {g.name.partition("/")[0] for g in found} == {".staging", ".quarantine"}
     before = contents(store)
-    keeper.gc(store, found)
+    keeper.gc(store, found, [])
     assert keeper.garbage(store, []) == []
     assert contents(store) == before
 
@@ -316,6 +317,45 @@ def test_gc_lets_what_is_being_written_live(store):
         assert keeper.garbage(store, []) == []
 
 
+def test_gc_leaves_what_came_to_be_needed_after_it_was_listed(store):
+    add_video(store, 0, made_by="nobody's encoder")
+    add_video(store, 0)
+    found = keeper.garbage(store, [])
+    assert len(found) == 2
+    add_video(store, 0, made_by="nobody's encoder")  # while the user was asked
+    before = contents(store)
+    assert keeper.gc(store, found, []) == 0
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize(
+    "words", [("gc", "--yes"), ("rm", "v00", "--yes"), ("verify", "--repair"), ("import", "x.h5")]
+)
+def test_a_mistyped_store_or_source_makes_no_store(tmp_path, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = vacli("store", *words, "--store", tmp_path / "typo.zarr", fails=True).output
+    assert "no feature store at" in told or "no such file or folder: x.h5" in told
+    assert not (tmp_path / "typo.zarr").exists()
+
+
+def test_repair_leaves_what_only_cannot_be_read_for_now(store, monkeypatch):
+    name, real = store.entry_of(recipe("mae"), "00" * 32), disk.read_small
+    page = store.at.folders("videos")[0]
+
+    def refuses(path, limit):
+        if name in str(path) or page in str(path):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, limit)
+
+    before = contents(store)
+    with monkeypatch.context() as m:
+        m.setattr(disk, "read_small", refuses)
+        told = vacli("store", "verify", "--repair", "--store", store.path, fails=True).output
+    assert "0 of 2 set aside" in told
+    assert "Permission denied" in told
+    assert contents(store) == before
+
+
 HOLDER = """
 import sys
 from vacli.store import Store
@@ -335,10 +375,10 @@ def test_gc_refuses_while_another_process_has_the_store_open(store):
         found = keeper.garbage(store, [])
         before = contents(store)
         with pytest.raises(StoreError, match="in use by another vacli process"):
-            keeper.gc(store, found)
+            keeper.gc(store, found, [])
         assert contents(store) == before
         holder.communicate()
-    assert keeper.gc(store, found) > 0
+    assert keeper.gc(store, found, []) > 0
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"streams": 3}', '{"streams": {"a": {}}, "label": {}}'])

@@ -288,11 +288,11 @@ class Model(RuleBasedStateMachine):
         """What no name refers to goes, with what it was made from; never while another has the store open."""
         if not alone:
             with pytest.raises(StoreError, match="in use"):
-                keeper.gc(self.stores[0], keeper.garbage(self.stores[0], []))
+                keeper.gc(self.stores[0], keeper.garbage(self.stores[0], []), [])
             return
         del self.stores[1]
         collect()  # and those that were killed, whose last frames may still be in memory
-        keeper.gc(self.stores[0], keeper.garbage(self.stores[0], []))
+        keeper.gc(self.stores[0], keeper.garbage(self.stores[0], []), [])
         assert self.stores[0].at.hidden(".quarantine") == []
         used = {t["folder"] for facts in self.names.values() for t in facts["tracks"].values()}
         mae = folder_name(RECIPES["mae"])
