@@ -15,7 +15,8 @@ from .cli_store import STORE
 from .cli_store import store as store_commands
 
 if TYPE_CHECKING:
-    from .extract.run import Encoder, Outcome
+    from .extract.encoder import Encoder
+    from .extract.run import Outcome
     from .store import Store
     from .temporal.predict import Run
 
@@ -90,8 +91,8 @@ def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, 
     DATA is a folder of videos, one video, or the Aff-Wild2 layout (its aligned crops and annotations are used).
     """
     from .extract.datasets import find
+    from .extract.encoder import make_encoders
     from .extract.run import extract as run
-    from .extract.run import make_encoders
     from .store import Store
 
     samples = find(data)
@@ -293,7 +294,7 @@ def _by_name(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
 
 def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> dict[str, Encoder]:
     """The encoders a run was trained on, made again; refuses one that gives other features than the run saw."""
-    from .extract.run import make_encoders
+    from .extract.encoder import make_encoders
 
     strangers = (
         options.keys() - run.about["streams"].keys() - {s["track"] for s in run.about["streams"].values()}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -20,8 +15,10 @@ from .. import VacliError, __version__
 from ..store import Store
 from ..store.labels import ccc
 from .datasets import Sample
-from .mae import DEFAULT_MODEL, Mae, build_vit, load_encoder, normalise, pretrained_config, resize
+from .mae import DEFAULT_MODEL, Mae, build_vit, load_encoder, pretrained_config
+from .pixels import normalise, resize
 from .run import extract, labelled_crops
+from .weights import claim, save
 
 _BATCH = 64
 _SHIFT_PX = 4  # the crops of another detector sit a few pixels elsewhere
@@ -53,7 +50,7 @@ def finetune(
     """
     if epochs < 1 or frames_per_video < 1:
         raise VacliError(f"{epochs} epochs of {frames_per_video} frames per video; wanted at least 1 of each")
-    _claim(out)
+    claim(out)
     torch.manual_seed(seed)
     vit, about = _start(model, weights, from_scratch, size)
     blocks = len(vit.blocks)
@@ -74,7 +71,7 @@ def finetune(
         "seed": seed,
         **figures,
     }
-    _save(vit, about, out)
+    save(vit.state_dict(), about, out)
     return figures
 
 
@@ -210,27 +207,3 @@ def _judge(net: nn.ModuleDict, frames: Frames, about: dict[str, Any]) -> dict[st
     predicted = torch.cat([_predict(net, resize(b.to(device), about["size"]), about).cpu() for b in batches])
     v, a = ccc(predicted.double(), labels.double(), torch.ones(len(labels), 1, dtype=torch.float64)).tolist()
     return {"ccc_valence": v, "ccc_arousal": a}
-
-
-def _claim(out: Path) -> None:
-    """Refuses a place that could not be written, before hours of tuning and not after them."""
-    if out.suffix != ".safetensors":
-        raise VacliError(f"--out {out}: weights are written as .safetensors; wanted a name that ends so")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise VacliError(f"cannot write {out}: {e.strerror}; wanted a folder; use another --out") from e
-
-
-def _save(vit: nn.Module, about: dict[str, Any], out: Path) -> None:
-    """The encoder alone, with what is needed to use it in the header; whole or as it was before."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    state = {k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()}
-    try:
-        save_file(state, aside, metadata={"vacli": json.dumps(about)})
-        os.replace(aside, out)
-    except (OSError, SafetensorError) as e:
-        raise VacliError(f"cannot write {out}: {e}; free some space, or use another --out") from e
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()

@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .. import VacliError, lookup
-from ..store import Damaged, Fingerprints, Store, Track
+from .. import VacliError
+from ..store import Damaged, Store, Track
 from ..store.labels import read_va
-from ..store.recipe import TRACK_NAME
-from . import ENCODERS, canary
+from . import canary
+from .crops import Crops, aligned
 from .datasets import Sample
-from .faces import align
+from .encoder import Encoder
 from .plan import Plan, Wanted
 
-OWN_TRACKS = ("faces", "label.va")  # the names of tracks that no encoder makes
-_BATCH = 64
 _PIECE_ROWS = 1024  # written at once: a long stretch without a face takes no memory
 _REMEMBER_S = 5.0  # media digests are kept as often as this: they are one file that grows
-
-
-class Encoder(Protocol):
-    """What the run asks of an encoder.
-
-    eats "crops": called with aligned faces (B, 112, 112, 3) uint8 RGB, returns (B, D) floats, and says `dim`.
-    (Where a data set brings its own crops they come in their own size.)
-    eats "sound": says `rate_hz`, is called with an iterator of mono sample blocks, returns a Track.
-    A run first calls it with a small fixed input of that kind, the canary, and compares with earlier runs.
-    options() are the arguments that make the same encoder again; `name` is what its tracks are called by default.
-    """
-
-    name: str
-    eats: str
-
-    def recipe(self) -> dict[str, Any]: ...
-    def options(self) -> dict[str, Any]: ...
-    def __call__(self, data: Any) -> Any: ...
 
 
 @dataclass
@@ -68,46 +47,6 @@ class Outcome:
             return tracks[pictures[0]].times_s, tracks[pictures[0]].valid
         times_s = self.sample.frame_times_s()
         return times_s, np.isin(np.arange(len(times_s)), list(self.sample.crop_files()))
-
-
-def make_encoders(
-    names: Iterable[str], options: dict[str, dict[str, str]], fingerprints: Fingerprints
-) -> dict[str, Encoder]:
-    """Encoders by track name. A name is one of the table, or `mae-tuned=mae`: an encoder under a name of your own.
-
-    options: track name -> keyword -> value, as given by -o NAME.KEY=VALUE. Raises VacliError for what is unknown.
-    """
-    encoders: dict[str, Encoder] = {}
-    for spec in names:
-        own, sign, kind = spec.rpartition("=")
-        maker = lookup(ENCODERS, kind, "encoder")
-        if not all(hasattr(maker, part) for part in ("name", "eats", "options", "recipe")):
-            raise VacliError(f"{kind} is no encoder: wanted a class with name, eats, options() and recipe()")
-        name = own if sign else kind if kind in ENCODERS else maker.name
-        if not TRACK_NAME.fullmatch(name):
-            raise VacliError(
-                f"--encoder {spec}: a track cannot be called {name!r}; wanted {TRACK_NAME.pattern}"
-            )
-        if name in (*OWN_TRACKS, *encoders):
-            raise VacliError(f"--encoder {spec}: the name {name!r} is taken; wanted another one: NAME={kind}")
-        encoders[name] = _made(maker, name, options.get(name, {}), fingerprints)
-    strangers = options.keys() - encoders.keys()
-    if strangers:
-        raise VacliError(
-            f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}"
-        )
-    return encoders
-
-
-def _made(maker: Any, name: str, given: dict[str, str], fingerprints: Fingerprints) -> Encoder:
-    takes = inspect.signature(maker).parameters
-    known = [k for k in takes if k != "fingerprints"]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        raise VacliError(
-            f"encoder {name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'}"
-        )
-    return maker(**given, **({"fingerprints": fingerprints} if "fingerprints" in takes else {}))
 
 
 def extract(
@@ -150,7 +89,6 @@ def _one_line(e: Exception) -> str:
 
 # {"problem" | "damage" | "warning": text}; stored with the track, so without the file's name, which may change.
 Notes = dict[str, str]
-Crops = tuple[np.ndarray, np.ndarray]  # crops (n, H, W, 3) uint8, rows (n,): which frames they are of
 
 
 class _Run:
@@ -266,7 +204,7 @@ class _Run:
         if sample.crops is None:
             wanted = outcome.tracks["faces"]
             faces = self._store.get(wanted.recipe, wanted.media)
-            return faces.times_s, _aligned(sample, faces), {}
+            return faces.times_s, aligned(sample, faces), {}
         times_s, damage = sample.frame_clock()
         return times_s, sample.read_crops(len(times_s)), _damaged(damage)
 
@@ -365,32 +303,6 @@ def _watched(sample: Sample, faces: Any) -> tuple[Track, Notes]:
     return track, _damaged(video.damage) | ({} if track.valid.any() else _unseen(len(track)))
 
 
-def _aligned(sample: Sample, faces: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Aligned crops of the followed face: (crops (n, 112, 112, 3), rows (n,)), in order."""
-    from .media import Video
-
-    assert sample.video is not None
-    points, valid = faces.values[:, 4:14].reshape(-1, 5, 2), faces.valid
-    crops: list[np.ndarray] = []
-    rows: list[int] = []
-    row = 0
-    for frames, _ in Video(sample.video).frames():
-        for frame in frames:
-            if row < len(faces) and valid[row]:
-                crops.append(align(frame, points[row]))
-                rows.append(row)
-            row += 1
-            if len(crops) == _BATCH:
-                yield np.stack(crops), np.array(rows)
-                crops, rows = [], []
-    if row != len(faces):
-        raise VacliError(
-            f"{sample.video} gave {row} frames, but {len(faces)} before: did it change? run again"
-        )
-    if crops:
-        yield np.stack(crops), np.array(rows)
-
-
 def _heard(sample: Sample, encoder: Any) -> tuple[Track, Notes]:
     from .media import Video
 
@@ -438,7 +350,7 @@ def labelled_crops(outcome: Outcome, store: Store, most: int) -> tuple[np.ndarra
     labels = store.get(tracks["label.va"].recipe, tracks["label.va"].media)
     if sample.crops is None:
         faces = store.get(tracks["faces"].recipe, tracks["faces"].media)
-        seen, batches = np.flatnonzero(labels.valid & faces.valid), _aligned(sample, faces)
+        seen, batches = np.flatnonzero(labels.valid & faces.valid), aligned(sample, faces)
     else:
         seen, batches = np.flatnonzero(labels.valid), sample.read_crops(len(labels))
         seen = np.intersect1d(seen, list(sample.crop_files()))

@@ -15,10 +15,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from vacli.extract import device as device_module
 from vacli.extract import logmel
 from vacli.extract import mae as mae_module
 from vacli.extract.logmel import LogMel, log_mel, mel_filterbank
-from vacli.extract.mae import EncoderError, Mae, build_vit, load_encoder, normalise, resize
+from vacli.extract.mae import Mae, build_vit, load_encoder
+from vacli.extract.pixels import normalise, resize
+from vacli.extract.weights import EncoderError
 
 from .conftest import SHARED
 
@@ -220,7 +223,7 @@ def test_a_pth_without_a_state_dict_is_refused(content, vit, tmp_path):
 
 def test_absent_weights_fail_at_once_and_say_what_to_get_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vacli.extract.mae.WEIGHTS_DIR", "NOT_SET")
+    monkeypatch.setattr("vacli.extract.weights.WEIGHTS_DIR", "NOT_SET")
     start = time.monotonic()
     with pytest.raises(EncoderError) as caught:
         Mae()
@@ -356,12 +359,13 @@ def test_what_is_known_of_the_official_weights_is_what_timm_says():
 @pytest.mark.parametrize("model", ["vit_large_patch16_224.mae", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_a_look_at_the_machine_chooses_the_dtype_that_torch_would(model, device, monkeypatch):
-    quick = mae_module._dtype(None, device, model)
-    monkeypatch.setattr(mae_module, "_cpu_has_bfloat16", lambda: False)
-    monkeypatch.setattr(mae_module, "_no_gpu", lambda: False)
+    wide = "large" in model
+    quick = device_module.choose_dtype(None, device, wide)
+    monkeypatch.setattr(device_module, "_cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(device_module, "_no_gpu", lambda: False)
     if device == "cpu" and model == "vit_tiny_patch16_224":
         assert quick == "float32"  # whatever the machine
-    assert mae_module._dtype(None, device, model) == quick
+    assert device_module.choose_dtype(None, device, wide) == quick
 
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])

@@ -19,16 +19,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from vacli import VacliError
-from vacli.extract import canary, run
+from vacli.extract import canary, crops, run
 from vacli.extract.canary import CanaryError
 from vacli.extract.datasets import find
+from vacli.extract.encoder import make_encoders
 from vacli.extract.faces import Faces
 from vacli.extract.finetune import _initialise
 from vacli.extract.logmel import LogMel
 from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import MediaError, Video
 from vacli.extract.plan import GIVEN_CROPS, PICTURES, SOUND, Plan
-from vacli.extract.run import Outcome, extract, make_encoders
+from vacli.extract.run import Outcome, extract
 from vacli.store import Store, StoreError, Track, digest
 from vacli.store.keeper import remove
 
@@ -134,7 +135,8 @@ import sys, time
 began = time.perf_counter()
 from pathlib import Path
 from vacli.extract.datasets import find
-from vacli.extract.run import extract, make_encoders
+from vacli.extract.encoder import make_encoders
+from vacli.extract.run import extract
 from vacli.store import Store
 folder, path, weights = sys.argv[1:]
 samples, store = find(folder), Store(path, create=True)
@@ -409,7 +411,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(folder, store, monk
 def test_however_a_track_is_cut_for_writing_it_is_the_same(
     batch, piece, folder, tmp_path, monkeypatch, everyone_is_seen
 ):
-    monkeypatch.setattr(run, "_BATCH", batch)
+    monkeypatch.setattr(crops, "BATCH", batch)
     monkeypatch.setattr(run, "_PIECE_ROWS", piece)
     store = Store(tmp_path / "cut.zarr", create=True)
     done = go(folder, store, "drifting:Tint")["two"]
@@ -430,7 +432,7 @@ def test_however_a_track_is_cut_for_writing_it_is_the_same(
 def test_an_encoder_that_fails_on_the_way_leaves_nothing_behind(
     trouble, folder, store, monkeypatch, drifting, everyone_is_seen
 ):
-    monkeypatch.setattr(run, "_BATCH", 2)
+    monkeypatch.setattr(crops, "BATCH", 2)
     monkeypatch.setattr(drifting.Tint, "trouble", trouble)
     if isinstance(trouble, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):

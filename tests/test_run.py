@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import save_file
 from vacli import VacliError
 from vacli.extract.datasets import find
+from vacli.extract.encoder import make_encoders
 from vacli.extract.finetune import _initialise
 from vacli.extract.logmel import LogMel
-from vacli.extract.mae import EncoderError, Mae, build_vit
+from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import Video
-from vacli.extract.run import Outcome, extract, labelled_crops, make_encoders
+from vacli.extract.run import Outcome, extract, labelled_crops
 from vacli.extract.synthetic import make_puppets
+from vacli.extract.weights import EncoderError
 from vacli.store import Store, Track
 
 from .media_files import clicks, pictures, write_video
@@ -228,7 +230,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from vacli.extract.datasets import find
-from vacli.extract.run import extract, make_encoders
+from vacli.extract.encoder import make_encoders
+from vacli.extract.run import extract
 from vacli.store import Store
 import toy_encoders
 folder, path, where = sys.argv[1:]
