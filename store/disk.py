@@ -177,6 +177,33 @@ def _waited_for(path: Path) -> tuple[int, bool]:
         os.close(fd)
 
 
+def claim(path: Path) -> int | None:
+    """A file of ours alone as long as the descriptor is open (so not longer than we live); None if another has it.
+
+    Where the disk knows no locks everybody has it.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            if lock(fd, wait=False) is False:
+                os.close(fd)
+                return None
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):  # else its last owner removed it just now
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def unclaim(path: Path, fd: int) -> None:
+    """Give up what `claim` gave: the file goes first, while it is still ours."""
+    remove(path)
+    os.close(fd)
+
+
 @contextlib.contextmanager
 def _by_making(mark: Path) -> Iterator[None]:
     seen, since_s = None, time.monotonic()

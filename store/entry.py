@@ -55,7 +55,8 @@ class Writer:
     """A track being written into a folder of its own, batch by batch; `commit` makes the folder an entry.
 
     rows: as many as are expected, for reserving the space; fewer or more may come. attempt: below which name in the
-    folder the arrays lie, "" for right in it. told: put around what the disk may refuse. Raises OSError.
+    folder the arrays lie, "" for right in it. told: put around what the disk may refuse. notes: what else is to go into
+    the provenance, as it is found out on the way. Raises OSError.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Writer:
         told: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._folder, self._attempt, self._row_shape = folder, attempt, tuple(row_shape)
-        self._told = told
+        self._told, self.notes = told, dict[str, Any]()
         self._dtype = _DTYPES[np.dtype(dtype).name]
         self._times: list[np.ndarray] = []
         self._crc = 0
@@ -119,7 +120,8 @@ class Writer:
         if self._attempt:
             disk.sync_folder(self._inner)
             facts = {**facts, "attempt": self._attempt}
-        write_record(self._folder, {**facts, "arrays": arrays})
+        noted = {"provenance": {**facts["provenance"], **self.notes}} if self.notes else {}
+        write_record(self._folder, {**facts, **noted, "arrays": arrays})
 
     def _write_times(self, times_s: np.ndarray) -> tuple[np.dtype[Any], int]:
         raw = times_s.astype(_DTYPES["float64"]).tobytes()

@@ -11,7 +11,8 @@ import stat
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ class Place:
             self.save_here(f"{folder}/zarr.json", entry.group_json({}))
         with disk.one_at_a_time(page, self._staging() / f"{folder}.lock"):
             yield
+
+    def claim(self, what: str) -> Callable[[], None] | None:
+        """The work on something, for one process (and thread) of those that see this disk's locks; None if another is
+        at it. Calling what is returned gives it up; so does the end of the process."""
+        path = self._staging() / f"claim-{what}"
+        fd = disk.claim(path)
+        return None if fd is None else partial(disk.unclaim, path, fd)
 
     def _staging(self) -> Path:
         """The folder of what is being written, which a copy of a store may lack."""

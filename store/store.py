@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,15 @@ class Store:
         if record is None:
             raise KeyError(_entry_name(recipe, digest(recipe), media))
         return dict(record["provenance"])
+
+    def claim(self, media: str) -> Callable[[], None] | None:
+        """The work on a medium, for us alone: call what is returned when it is done (the end of the process will do).
+
+        None if another process, or thread, is at it. Over a disk without locks, and between machines that fill a store
+        on a bucket, everybody gets it: a track made twice is still stored once. Raises StoreError.
+        """
+        with self.at.told("claim a video"):
+            return self.at.claim(media[:24])
 
     # ---- entries, by name ----------------------------------------------------------------------------------
 
