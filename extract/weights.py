@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # 2 s to import: only where a model is built, never for a rec
 
 WEIGHTS_DIR = "VACLI_WEIGHTS"  # environment variable: a folder of weights; ./weights is looked in as well
 _OFFLINE = ("1", "TRUE", "YES", "ON")
+_PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 
 
 class EncoderError(VacliError):
@@ -49,7 +50,7 @@ def read(weights: Path) -> dict[str, torch.Tensor]:
             f"cannot read weights {weights} ({type(e).__name__}: {' '.join(str(e).split())[:120]}); "
             "wanted a whole .safetensors or .pth file; copy it again"
         ) from e
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ("model", "module", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
@@ -122,6 +123,17 @@ def save(state: Mapping[str, torch.Tensor], about: dict[str, Any], out: Path) ->
             aside.unlink()
 
 
+def licence_note(licence: str | None) -> str | None:
+    """What a user is told of a licence, by its name on the hub; None where it is permissive and for his own weights."""
+    if licence is None or licence in _PERMISSIVE:
+        return None
+    if licence == "cc-by-nc-4.0":
+        return "weights under CC-BY-NC 4.0: not for commercial use"
+    if licence == "unknown":
+        return "nobody says under which licence these weights are: ask their makers before you use them"
+    return f"weights under {licence}, which sets conditions on their use: read it first"
+
+
 def folders() -> list[Path]:
     """Where weights are looked for: ./weights, then $VACLI_WEIGHTS."""
     return [Path("weights"), *([Path(os.environ[WEIGHTS_DIR])] if WEIGHTS_DIR in os.environ else [])]
@@ -133,14 +145,21 @@ def local(names: Iterable[str]) -> Path | None:
     return next((place.absolute() for place in places if place.is_file()), None)
 
 
+def cached(hub_id: str, file: str = "model.safetensors") -> Path | None:
+    """A file of the Hugging Face cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, file)
+    return Path(found) if isinstance(found, str) else None
+
+
 def from_hub(hub_id: str, file: str = "model.safetensors") -> Path | None:
     """A file of the Hugging Face cache, else of the hub; None, at once, where neither has it or there is no network."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    cached = try_to_load_from_cache(hub_id, file)
-    if isinstance(cached, str):
-        return Path(cached)
+    if found := cached(hub_id, file):
+        return found
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _OFFLINE:
         return None
     try:  # a look before the hub client retries for 50 s

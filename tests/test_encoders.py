@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from vacli.extract import mae as mae_module
 from vacli.extract.logmel import LogMel, log_mel, mel_filterbank
 from vacli.extract.mae import Mae, build_vit, load_encoder
 from vacli.extract.pixels import normalise, resize
+from vacli.extract.timm_encoder import Published
 from vacli.extract.weights import EncoderError
 
 from .conftest import SHARED
@@ -238,6 +240,73 @@ def test_absent_weights_fail_at_once_and_say_what_to_get_and_where_to_put_it(tmp
         Mae(weights="none.pth")
 
 
+def test_hugging_faces_layout_gives_what_its_own_model_gives(crops, tmp_path, made_for):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    decoder = {f"decoder_{k}": 2 for k in ("num_hidden_layers", "num_attention_heads")}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 192}
+    sizes |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 32, "image_size": SIZE}
+    epsilon = (
+        1e-6  # the authors' and timm's; theirs is 1e-12, which tells only where tokens are as small as here
+    )
+    config = transformers.ViTMAEConfig(**sizes, **decoder, mask_ratio=0.0, layer_norm_eps=epsilon)
+    theirs = transformers.ViTMAEForPreTraining(config).eval()
+    transformers.utils.logging.disable_progress_bar()
+    theirs.save_pretrained(tmp_path)
+    transformers.utils.logging.enable_progress_bar()
+    mae = Mae(MODEL, str(tmp_path / "model.safetensors"), dtype="float32")
+    with torch.inference_mode():
+        images = normalise(resize(torch.from_numpy(crops), SIZE), mae.mean, mae.std)
+        want = theirs.vit(images).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(mae(crops), want, atol=1e-5)
+
+
+def test_weights_of_another_size_are_told_clearly(crops, tmp_path):
+    """A base model's file where the large one was asked for: which it is, and what to say."""
+    state = {"cls_token": torch.zeros(1, 1, 768), "pos_embed": torch.zeros(1, 197, 768)}
+    state |= {f"blocks.{n}.norm1.bias": torch.zeros(768) for n in range(12)}
+    torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
+    with torch.device("meta"):
+        large = build_vit("vit_large_patch16_224.mae", 224)
+    with pytest.raises(EncoderError) as caught:
+        load_encoder(large, tmp_path / "mae_pretrain_vit_base.pth")
+    for part in (
+        "they are of a ViT 768 wide with 12 blocks, as vit_base_patch16_224.mae is",
+        "name the model they were made for with -o mae.model=NAME",
+        "blocks.0.norm1.bias is (768,), wanted (1024,)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_every_output_has_a_recipe_of_its_own_and_cls_the_one_it_always_had(vit, tmp_path):
+    file = described(tmp_path / "a.safetensors", vit.state_dict())
+    said = {
+        output: Mae(weights=file, output=output).recipe()["output"]
+        for output in ("cls", "mean", "block:4", "tokens", "tokens:9")
+    }
+    assert said["cls"] == "cls after final norm"
+    assert said["block:4"] == "cls after block 4, without the final norm"
+    assert len({*said.values()}) == 5
+    assert "output" not in Mae(weights=file).options()
+    with pytest.raises(
+        EncoderError, match=r"mae.output is 'pooled'; wanted cls, mean, tokens, tokens:N, block:N"
+    ):
+        Mae(weights=file, output="pooled")
+
+
+def test_the_outputs_of_a_vit_are_rows_of_its_last_tokens(vit, crops, tmp_path):
+    mae = Mae(weights=described(tmp_path / "a.safetensors", vit.state_dict()), dtype="float32")
+    found = mae.encode(crops, ["cls", "mean", "tokens", "block:6"])
+    with torch.inference_mode():
+        images = normalise(resize(torch.from_numpy(crops), SIZE), mae.mean, mae.std)
+        tokens = vit.forward_features(images).numpy()
+        last_block = vit.norm(torch.from_numpy(found["block:6"])).numpy()
+    assert np.array_equal(found["tokens"], tokens)
+    assert np.array_equal(found["cls"], mae(crops))
+    np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(1), atol=1e-6)
+    np.testing.assert_allclose(last_block, found["cls"], atol=1e-5)  # the norm is all that lies between
+
+
 @pytest.mark.parametrize(
     ("folder", "name", "model"),
     [
@@ -351,9 +420,8 @@ def test_a_recipe_of_described_or_official_weights_needs_neither_torch_nor_timm(
 def test_what_is_known_of_the_official_weights_is_what_timm_says():
     for name, known in mae_module._KNOWN.items():
         said = timm.get_pretrained_cfg(name)
-        assert known == mae_module.Published(
-            said.input_size, said.mean, said.std, said.license, said.hf_hub_id
-        )
+        for field in fields(Published):
+            assert getattr(known, field.name) == getattr(said, field.name), (name, field.name)
 
 
 @pytest.mark.parametrize("model", ["vit_large_patch16_224.mae", "vit_tiny_patch16_224"])
