@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ..store import Track
+from .encoder import Card
 
 WINDOW_S, HOP_S = 0.025, 0.010
 BANDS, LOW_HZ, HIGH_HZ = 64, 125.0, 7500.0
@@ -35,6 +36,7 @@ class LogMel:
     """
 
     name, eats, rate_hz, dim = "logmel", "sound", 16000, BANDS
+    card = Card(str(BANDS), "needs none", "needs none")
 
     def options(self) -> dict[str, Any]:
         """What makes this encoder again: it has no options."""
@@ -56,20 +58,40 @@ class LogMel:
 
     def __call__(self, blocks: Iterable[np.ndarray]) -> Track:
         """blocks: float32 mono samples at rate_hz in pieces of any length, the first sample at t = 0."""
-        window, hop = round(WINDOW_S * self.rate_hz), round(HOP_S * self.rate_hz)
-        seen, step = (_BLOCK_ROWS - 1) * hop + window, _BLOCK_ROWS * hop  # samples
-        rows: list[np.ndarray] = []
-        held, length = [np.zeros(0, np.float32)], 0
-        for block in blocks:
-            held.append(block)
-            length += len(block)
-            while length >= seen:  # always as many rows: the last bits of a matrix product depend on it
-                samples = np.concatenate(held)
-                rows.append(log_mel(samples[:seen], self.rate_hz).astype(np.float16))
-                held, length = [samples[step:]], length - step
-        rows.append(log_mel(np.concatenate(held), self.rate_hz).astype(np.float16))
-        values = np.concatenate(rows)
-        return Track(values, np.arange(len(values)) * HOP_S + WINDOW_S / 2)
+        return joined(self.pieces(blocks), BANDS)
+
+    def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Track]:
+        """The Track of a call in pieces of up to a minute, as the sound comes; none without sound."""
+        done = 0
+        for block in log_mel_blocks(blocks, self.rate_hz):
+            rows = np.arange(done, done + len(block))
+            if len(rows):
+                yield Track(block.astype(np.float16), rows * HOP_S + WINDOW_S / 2)
+            done += len(rows)
+
+
+def joined(pieces: Iterable[Track], dim: int) -> Track:
+    """Pieces of a Track behind each other as one; without any, an empty one with rows of (dim,) float16."""
+    parts = [Track(np.zeros((0, dim), np.float16), np.zeros(0)), *pieces]
+    return Track(np.concatenate([p.values for p in parts]), np.concatenate([p.times_s for p in parts]))
+
+
+def log_mel_blocks(blocks: Iterable[np.ndarray], rate_hz: int) -> Iterator[np.ndarray]:
+    """Sample blocks of any length -> the rows of `log_mel` of them all, (n, 64) float32, up to a minute at a time.
+
+    The last block of rows may be empty; a recording of hours is never held.
+    """
+    window, hop = round(WINDOW_S * rate_hz), round(HOP_S * rate_hz)
+    seen, step = (_BLOCK_ROWS - 1) * hop + window, _BLOCK_ROWS * hop  # samples
+    held, length = [np.zeros(0, np.float32)], 0
+    for block in blocks:
+        held.append(block)
+        length += len(block)
+        while length >= seen:  # always as many rows: the last bits of a matrix product depend on it
+            samples = np.concatenate(held)
+            yield log_mel(samples[:seen], rate_hz)
+            held, length = [samples[step:]], length - step
+    yield log_mel(np.concatenate(held), rate_hz)
 
 
 def log_mel(samples: np.ndarray, rate_hz: int) -> np.ndarray:
