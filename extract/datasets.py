@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,10 @@ from ..store import Fingerprints, combine
 from ..store.names import plain_id, split_of
 from . import SUFFIXES
 
-CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent: Aff-Wild2's usual one; stated in the recipe
+CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent, if no other is stated: Aff-Wild2's usual one
+# "annotations", "6th ABAW Annotations", "VA_Set", "VA_Estimation_Challenge"
+_ANNOTATIONS = re.compile(r"annotation|^va_(set|estimation)", re.IGNORECASE)
+_SIDE = re.compile(r"_(left|right)$")
 _CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
 
 
@@ -26,7 +30,8 @@ class Sample:
     id: unique within the root; the annotation's stem in Aff-Wild2 (`12_left`), else the path below the root; a
     plain name made of it where that could lead out of a folder or is no name on every system.
     video: the file with pictures and sound, if it is there. crops: a folder of aligned faces `%05d.jpg`, by frame
-    number from 1, if the data set brings them. annotation: a VA file. split: train, validation, test or None.
+    number from 1, if the data set brings them. annotation: a VA file. split: train, validation, test or None. person:
+    who of those in the video, as `Person` knows them. crops_rate_hz: frames a second of crops without a video.
     """
 
     id: str
@@ -35,6 +40,8 @@ class Sample:
     crops: Path | None = None
     annotation: Path | None = None
     split: str | None = None
+    person: str = "main"
+    crops_rate_hz: float = CROPS_RATE_HZ
 
     @property
     def source(self) -> Path:
@@ -55,13 +62,13 @@ class Sample:
 
     def media(self, fingerprints: Fingerprints) -> str:
         """Digest of what the pictures are made from: the video's bytes, or the crops' and what times them."""
-        timed_by = fingerprints.file(self.video) if self.video else f"{CROPS_RATE_HZ} Hz"
+        timed_by = fingerprints.file(self.video) if self.video else f"{float(self.crops_rate_hz)} Hz"
         if self.crops is None:
             return timed_by
         return combine(fingerprints.folder(self.crop_files().values()), timed_by)
 
     def frame_times_s(self) -> np.ndarray:
-        """(T,) seconds of every frame: of the video where it is there, else of the crops at CROPS_RATE_HZ."""
+        """(T,) seconds of every frame: of the video where it is there, else of the crops at crops_rate_hz."""
         return self.frame_clock()[0]
 
     def frame_clock(self) -> tuple[np.ndarray, str | None]:
@@ -69,7 +76,7 @@ class Sample:
         from .media import Video
 
         if self.video is None:
-            return np.arange(max(self.crop_files(), default=-1) + 1) / CROPS_RATE_HZ, None
+            return np.arange(max(self.crop_files(), default=-1) + 1) / self.crops_rate_hz, None
         video = Video(self.video)
         return np.fromiter(video.times(), np.float64), video.damage
 
@@ -102,19 +109,24 @@ def _same_size(pictures: list[tuple[int, np.ndarray]]) -> Iterator[list[tuple[in
         yield run
 
 
-def find(root: str | Path) -> list[Sample]:
+def find(root: str | Path, crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]:
     """The samples below a folder (or the one of a single file), sorted by id.
 
-    A folder with `cropped_aligned*` or `annotations` in it is read as Aff-Wild2; any other as a plain folder of
-    videos, searched through its subfolders. Raises VacliError if there is no such folder or nothing in it.
+    A folder with `cropped_aligned*` or `annotations` in it, or VA files in another folder that speaks of annotations or
+    VA, is read as Aff-Wild2; any other as a plain folder of videos, searched through its subfolders. crops_rate_hz:
+    frames a second of the crops whose video is absent. Raises VacliError if there is no such folder or nothing in it,
+    for a rate that is none, and where a sample of Aff-Wild2 has two videos, folders of crops or unlike annotations.
     """
     root = Path(root)
+    if not (math.isfinite(crops_rate_hz) and crops_rate_hz > 0):
+        raise VacliError(f"crops at {crops_rate_hz} frames a second; wanted a rate above 0, such as 30")
     if not root.exists():
         raise VacliError(f"no such file or folder: {root}; wanted a video or a folder of videos")
     if root.is_file():
         return _plain(root.parent, [root])
-    if (root / "annotations").is_dir() or any(root.glob("cropped_aligned*/")):
-        samples = _affwild2(root)
+    annotations = _annotations(root)
+    if annotations or (root / "annotations").is_dir() or any(root.glob("cropped_aligned*/")):
+        samples = _affwild2(root, annotations, crops_rate_hz)
     else:
         samples = _plain(root, _videos(root))
     if not samples:
@@ -166,12 +178,18 @@ def _split_of(path: Path, root: Path) -> str | None:
     return split_of(path.relative_to(root).parts[:-1])
 
 
-def _affwild2(root: Path) -> list[Sample]:
+def _annotations(root: Path) -> list[Path]:
+    """VA files below the folders that hold annotations: what those are called changes from year to year."""
+    folders = [p for p in root.iterdir() if _ANNOTATIONS.search(p.name) and p.is_dir()]
+    return [p for folder in folders for p in _in_sight(root, folder.rglob("*.txt")) if _is_va(p)]
+
+
+def _affwild2(root: Path, va_files: list[Path], crops_rate_hz: float) -> list[Sample]:
     """Annotation stems and crop folders are the ids; `_left`/`_right` share the video of the bare name."""
-    annotations = {p.stem: p for p in _in_sight(root, root.glob("annotations/**/*.txt")) if _is_va(p)}
-    crops = {p.name: p for p in _in_sight(root, root.glob("cropped_aligned*/*/"))}
-    videos = {p.stem: p for p in _videos(root)}
-    bare = {name: re.sub(r"_(left|right)$", "", name) for name in annotations.keys() | crops.keys()}
+    annotations = _by_name("annotations", [(p.stem, p) for p in va_files])
+    crops = _by_name("crops", [(p.name, p) for p in _in_sight(root, root.glob("cropped_aligned*/*/"))])
+    videos = _by_name("videos", [(p.stem, p) for p in _videos(root)])
+    bare = {name: _SIDE.sub("", name) for name in annotations.keys() | crops.keys()}
     names = bare.keys() | (
         videos.keys() - set(bare.values())
     )  # test videos have neither labels nor, maybe, crops
@@ -183,7 +201,39 @@ def _affwild2(root: Path) -> list[Sample]:
             crops=crops.get(name),
             annotation=annotations.get(name),
             split=_split_of(annotations[name], root) if name in annotations else None,
+            person=_SIDE.findall(name)[0] if _followed_aside(name, videos, crops) else "main",
+            crops_rate_hz=crops_rate_hz,
         )
         for name in names
         if name in crops or name in videos or bare.get(name) in videos
     ]
+
+
+def _followed_aside(name: str, videos: dict[str, Path], crops: dict[str, Path]) -> bool:
+    """Whether this is one of two people whom nobody has cropped out of the video they share."""
+    return bool(_SIDE.search(name)) and name not in crops and name not in videos
+
+
+def _by_name(kind: str, named: list[tuple[str, Path]]) -> dict[str, Path]:
+    """Each name's one file or folder. Raises VacliError where a name has several that are not the same."""
+    found: dict[str, list[Path]] = {}
+    for name, path in named:
+        found.setdefault(name, []).append(path)
+    for name, paths in found.items():
+        if len(paths) > 1:
+            found[name] = paths = _unlike(paths)
+        if len(paths) > 1:
+            raise VacliError(
+                f"{name} has several {kind}: {', '.join(map(str, paths))}; wanted one; move the others out of there"
+            )
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def _unlike(paths: list[Path]) -> list[Path]:
+    """Without folders that hold no crop while another does, and without texts that say in the same split the same."""
+    if paths[0].is_dir():
+        return [p for p in paths if any(_CROP.fullmatch(file.name) for file in p.iterdir())] or paths[:1]
+    if paths[0].suffix != ".txt":
+        return paths
+    said = {(split_of(p.parts[:-1]), p.read_bytes()): p for p in reversed(paths)}
+    return sorted(said.values())

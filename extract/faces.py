@@ -1,12 +1,10 @@
-"""Faces in video: found by MTCNN, the main one followed from frame to frame, aligned to the ArcFace template."""
+"""Faces in pictures: found by MTCNN with their five points, and aligned to the ArcFace template."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import VacliError
-from ..store.track import Track
 
 if TYPE_CHECKING:
-    from .media import Video
     from .mtcnn import Nets
 
 # Where the two eyes, the nose and the corners of the mouth lie in an aligned crop of 112x112 pixels (InsightFace's
@@ -37,13 +33,6 @@ FRAMES, CHUNK = 8, 64  # pictures and crops a pass: what stays in the processor'
 MIN_FACE_PX, MIN_FACE = 20, 0.1  # smaller faces (pixels, or part of the shorter side) are not looked for
 
 Owned = tuple[np.ndarray, np.ndarray]  # for each of N rows its frame, (N,) int; the rows themselves
-
-# Following.
-LINK_IOU = 0.4  # a detection belongs to a track if it overlaps the place foreseen by this much
-COAST_S = 0.1  # a face is foreseen to go on as before for this long, then to stay
-LOST_S = 0.5  # a track unseen for longer has ended
-MIN_ROWS = 3  # a track seen less often is a false alarm
-CUT_LEVELS = 16.0  # between frames whose mean difference at 32x32, in 8-bit levels, is larger lies a cut
 
 
 def similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
@@ -81,6 +70,18 @@ class Detector:
     def __init__(self) -> None:
         self._files = _weights()
         self.weights_sha256 = hashlib.sha256(b"".join(file.read_bytes() for file in self._files)).hexdigest()
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what is found, as plain JSON."""
+        return {
+            "name": "mtcnn",
+            "weights_sha256": self.weights_sha256,
+            "dtype": "float32",
+            "thresholds": list(THRESHOLDS),
+            "overlaps": list(OVERLAPS),
+            "pyramid": PYRAMID,
+            "min_face": {"px": MIN_FACE_PX, "of_shorter_side": MIN_FACE},
+        }
 
     @cached_property
     def _nets(self) -> Nets:
@@ -161,14 +162,14 @@ def _pyramid(frames: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     scale, source = CELL / max(MIN_FACE_PX, MIN_FACE * min(height, width)), frames
     while min(height, width) * scale >= CELL:
         size = (int(np.ceil(width * scale)), int(np.ceil(height * scale)))
-        pictures = np.stack([_reduced(picture, size) for picture in source])
+        pictures = np.stack([reduced(picture, size) for picture in source])
         if source is frames:
             source = pictures
         yield np.array([size[0] / width, size[1] / height] * 2), pictures
         scale *= PYRAMID
 
 
-def _reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def reduced(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The picture averaged down to size (width, height); by halves first, which is up to 6x faster."""
     import cv2
 
@@ -243,7 +244,7 @@ def _keep(
     Overlap is measured in parts of the union or of the smaller box; boxes with different `within` do not compete.
     """
     order = np.argsort(-score, kind="stable")
-    clash = _overlap(boxes[order], boxes[order], over) > overlap
+    clash = overlap_of(boxes[order], boxes[order], over) > overlap
     if within is not None:
         clash &= within[order][:, None] == within[order]
     stays = np.ones(len(order), bool)
@@ -253,153 +254,10 @@ def _keep(
     return order[stays]
 
 
-def _overlap(a: np.ndarray, b: np.ndarray, over: str = "union") -> np.ndarray:
+def overlap_of(a: np.ndarray, b: np.ndarray, over: str = "union") -> np.ndarray:
     """(N, M): what boxes a (N, 4) share with boxes b (M, 4), in parts of their union or of the smaller one."""
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     shared = np.maximum(high - low, 0).prod(axis=2)
     area_a, area_b = (np.maximum(x[:, 2:4] - x[:, :2], 0).prod(axis=1) for x in (a, b))
     whole = area_a[:, None] + area_b - shared if over == "union" else np.minimum(area_a[:, None], area_b)
     return shared / np.maximum(whole, 1e-9)
-
-
-@dataclass
-class _Person:
-    """One face through the frames."""
-
-    rows: list[int] = field(default_factory=list)
-    faces: list[np.ndarray] = field(default_factory=list)
-    last_s: float = 0.0
-    speed: np.ndarray = field(default_factory=lambda: np.zeros(4))  # of the edges, pixels a second, smoothed
-
-    def add(self, row: int, face: np.ndarray, time_s: float) -> None:
-        if self.rows:
-            now = (face[:4] - self.faces[-1][:4]) / max(
-                time_s - self.last_s, 0.01
-            )  # times may be nudged ones
-            self.speed = 0.5 * self.speed + 0.5 * now
-        self.rows.append(row)
-        self.faces.append(face)
-        self.last_s = time_s
-
-    def foreseen(self, time_s: float) -> np.ndarray:
-        """(4,): where the box should be now."""
-        return self.faces[-1][:4] + self.speed * min(time_s - self.last_s, COAST_S)
-
-    @property
-    def weight(self) -> float:
-        """Area times score, summed over the rows: large, sure and long."""
-        faces = np.stack(self.faces).astype(np.float64)
-        return float(((faces[:, 2] - faces[:, 0]) * (faces[:, 3] - faces[:, 1]) * faces[:, 14]).sum())
-
-
-def follow(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | None = None) -> np.ndarray:
-    """The main face through the video: (T, 15) float32, a row of NaN where it is not seen.
-
-    detections: for each of the T frames the faces (n, 15) that `Detector` found; times_s: (T,) strictly increasing;
-    cuts: (T,) bool, True where a frame follows a cut: nobody is followed across one.
-
-    Faces are linked from frame to frame by the overlap with the place foreseen. Of all ways to have one person at a
-    time, the one of greatest weight (area x score, summed over rows) is taken. Others then take over in what is free,
-    but only where most of their own time is: a bystander does not fill the main person's absences.
-    """
-    people = [p for p in _link(detections, times_s, cuts) if len(p.rows) >= min(MIN_ROWS, len(detections))]
-    out = np.full((len(detections), 15), np.nan, np.float32)
-    taken = np.zeros(len(detections), bool)
-    for person in _in_turn(people) + sorted(people, key=lambda p: -p.weight):
-        rows = np.array(person.rows)
-        free = ~taken[rows]
-        if 2 * free.sum() > len(rows):
-            out[rows[free]] = np.stack(person.faces)[free]
-            taken[rows[0] : rows[-1] + 1] = True
-    return out
-
-
-def _in_turn(people: list[_Person]) -> list[_Person]:
-    """The people of greatest weight together of whom no two overlap in time (weighted interval scheduling)."""
-    people = sorted(people, key=lambda p: p.rows[-1])
-    ends = [p.rows[-1] for p in people]
-    best: list[tuple[float, Any]] = [(0.0, ())]  # of the first i people: weight, (last, (last but one, ...))
-    for i, person in enumerate(people):
-        weight, before = best[bisect_left(ends, person.rows[0])]
-        best.append(max(best[i], (weight + person.weight, (person, before)), key=lambda b: b[0]))
-    chosen, chain = [], best[-1][1]
-    while chain:
-        person, chain = chain
-        chosen.append(person)
-    return chosen
-
-
-def _link(detections: list[np.ndarray], times_s: np.ndarray, cuts: np.ndarray | None) -> list[_Person]:
-    """Every detection given to one person; the best overlaps are served first."""
-    people: list[_Person] = []
-    alive: list[_Person] = []
-    for row, (faces, time_s) in enumerate(zip(detections, times_s.tolist(), strict=True)):
-        alive = [p for p in alive if time_s - p.last_s <= LOST_S and (cuts is None or not cuts[row])]
-        new = set(range(len(faces)))
-        if alive and len(faces):
-            fit = _overlap(np.stack([p.foreseen(time_s) for p in alive]), faces[:, :4])
-            while fit.max() >= LINK_IOU:
-                i, j = divmod(int(fit.argmax()), fit.shape[1])
-                alive[i].add(row, faces[j], time_s)
-                new.discard(j)
-                fit[i], fit[:, j] = 0, 0
-        for j in sorted(new):
-            person = _Person()
-            person.add(row, faces[j], time_s)
-            people.append(person)
-            alive.append(person)
-    return people
-
-
-class Faces:
-    """The `faces` track of a video: who is followed, where his five points are."""
-
-    name = "faces"
-
-    def __init__(self) -> None:
-        self._detector = Detector()
-
-    def recipe(self) -> dict[str, Any]:
-        """All that decides the values, as plain JSON. A change to the code that moves them raises `version`."""
-        return {
-            "track": self.name,
-            "version": 1,
-            "detector": "mtcnn",
-            "weights_sha256": self._detector.weights_sha256,
-            "dtype": "float32",
-            "thresholds": list(THRESHOLDS),
-            "overlaps": list(OVERLAPS),
-            "pyramid": PYRAMID,
-            "min_face": {"px": MIN_FACE_PX, "of_shorter_side": MIN_FACE},
-            "link_iou": LINK_IOU,
-            "coast_s": COAST_S,
-            "lost_s": LOST_S,
-            "min_rows": MIN_ROWS,
-            "cut_levels": CUT_LEVELS,
-        }
-
-    def __call__(self, video: Video, on_frames: Callable[[int], None] | None = None) -> Track:
-        """(T, 15) float32, one row a decoded frame, NaN where nobody is seen; columns as `Detector` has them.
-
-        `on_frames` is told how many frames were done since it was last called. Raises MediaError where no frame
-        decodes.
-        """
-        detections: list[np.ndarray] = []
-        times: list[np.ndarray] = []
-        cuts: list[bool] = []
-        before = None
-        for rgb, times_s in video.frames():
-            detections += self._detector(rgb)
-            times.append(times_s)
-            for picture in rgb:
-                now = _reduced(picture, (32, 32)).astype(np.int16)
-                cuts.append(before is not None and bool(np.abs(now - before).mean() > CUT_LEVELS))
-                before = now
-            if on_frames is not None:
-                on_frames(len(rgb))
-        if not times:
-            from .media import MediaError
-
-            raise MediaError(video.path, "no picture decodes; wanted a whole video; copy it again")
-        times_s = np.concatenate(times)
-        return Track(follow(detections, times_s, np.array(cuts)), times_s)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from vacli import VacliError
 from vacli.extract.datasets import CROPS_RATE_HZ, Sample, find
-from vacli.store import Fingerprints
+from vacli.store import Fingerprints, combine
+from vacli.store.labels import read_va
 
 from .media_files import pictures, write_video
 
@@ -171,6 +172,73 @@ def test_videos_without_crops_are_read_by_the_annotations_alone(affwild2, tmp_pa
     assert (left.crops, left.video) == (None, affwild2 / "batch1" / "12.mp4")
 
 
+def test_two_people_whom_nobody_cropped_are_followed_by_their_side(affwild2, tmp_path):
+    assert {s.person for s in find(affwild2)} == {"main"}  # their crops say who they are
+    for folder in affwild2.glob("cropped_aligned*"):
+        folder.rename(tmp_path / f"away_{folder.name}")
+    people = {name: s.person for name, s in by_id(affwild2).items()}
+    assert {k: v for k, v in people.items() if v != "main"} == {"12_left": "left", "12_right": "right"}
+    assert people["turn_left"] == "main"  # its video is its own
+
+
+def test_an_annotation_without_video_and_crops_is_no_sample(affwild2):
+    assert "lost" not in by_id(affwild2)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["annotations/VA_Set/Training_Set", "6th ABAW Annotations/VA_Estimation_Challenge/Train_Set",
+     "Annotations/annotations/VA_Estimation_Challenge/Train_Set", "VA_Estimation_Challenge/Train_Set"],
+)  # fmt: skip
+def test_the_annotations_of_any_year_are_found(folder, tmp_path):
+    put(tmp_path, f"{folder}/12_left.txt", text=VA)
+    put(tmp_path, f"{folder}/../Validation_Set/7.txt", text=VA)
+    put(tmp_path, "batch1/12.mp4", "batch2/7.mp4")
+    found = by_id(tmp_path)
+    assert {name: (s.split, s.person) for name, s in found.items()} == {
+        "12_left": ("train", "left"),
+        "7": ("validation", "main"),
+    }
+
+
+def test_a_folder_of_other_annotations_leaves_a_plain_folder_plain(tmp_path):
+    put(tmp_path, "my annotations/notes.txt", "day/a.mp4")
+    assert [s.id for s in find(tmp_path)] == ["day/a"]
+
+
+def test_crops_in_both_folders_are_refused_unless_one_holds_none(affwild2):
+    again = affwild2 / "cropped_aligned_new_50_vids" / "7"
+    again.mkdir()
+    (again / "notes.txt").touch()
+    assert by_id(affwild2)["7"].crops == affwild2 / "cropped_aligned" / "7"
+    put_crops(again, [2])
+    with pytest.raises(
+        VacliError, match=r"7 has several crops: .*cropped_aligned/7, .*new_50_vids/7; wanted one"
+    ):
+        find(affwild2)
+
+
+def test_a_second_video_of_a_name_is_refused(affwild2):
+    put(affwild2, "batch3/12.mkv")
+    with pytest.raises(
+        VacliError, match=r"12 has several videos: .*batch1/12.mp4, .*batch3/12.mkv; wanted one"
+    ):
+        find(affwild2)
+
+
+def test_labels_said_twice_are_one_and_contradictions_are_refused(affwild2):
+    copy = "annotations/2022/VA_Estimation_Challenge/Validation_Set/7.txt"
+    put(affwild2, copy, text=VA)
+    assert by_id(affwild2)["7"].split == "validation"
+    put(affwild2, copy, text=VA.replace("0.1", "0.3"))
+    with pytest.raises(VacliError, match="7 has several annotations"):
+        find(affwild2)
+    (affwild2 / copy).unlink()
+    put(affwild2, copy.replace("Validation", "Train"), text=VA)
+    with pytest.raises(VacliError, match="7 has several annotations"):
+        find(affwild2)
+
+
 # ---- crops ---------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +259,55 @@ def test_crops_beside_their_video_take_its_times(tmp_path):
     np.testing.assert_allclose(sample.frame_times_s(), [0.0, 0.1, 0.3, 0.35, 0.5], atol=1e-3)
     assert sample.frame_clock()[1] is None
     assert [rows.tolist() for _, rows in sample.read_crops(5)] == [[0, 3]]  # no frame is numbered 9
+
+
+def test_the_rate_of_crops_without_a_video_is_stated(affwild2, tmp_path):
+    found = {s.id: s for s in find(affwild2, crops_rate_hz=25.0)}
+    np.testing.assert_allclose(found["new"].frame_times_s(), [0.0])
+    crops = put_crops(tmp_path / "a", [1, 4])
+    sample = Sample("a", tmp_path, crops=crops, crops_rate_hz=25)
+    np.testing.assert_allclose(sample.frame_times_s(), np.arange(4) / 25)
+    as_ever = Sample("a", tmp_path, crops=crops).media(Fingerprints())
+    assert as_ever == Sample("a", tmp_path, crops=crops, crops_rate_hz=30).media(Fingerprints())
+    assert as_ever == combine(
+        Fingerprints().folder(sorted(crops.iterdir())), "30.0 Hz"
+    )  # as in stores of 0.1
+    assert as_ever != sample.media(Fingerprints())
+    video = write_video(tmp_path / "a.mp4", pictures(2))
+    timed = [Sample("a", tmp_path, video, crops, crops_rate_hz=rate) for rate in (25.0, 30.0)]
+    assert timed[0].media(Fingerprints()) == timed[1].media(Fingerprints())  # the video says when
+    for rate in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(VacliError, match="wanted a rate above 0"):
+            find(affwild2, crops_rate_hz=rate)
+
+
+@pytest.mark.parametrize("lines", [2, 4, 9])  # fewer than there are frames, as many, more
+@pytest.mark.parametrize("with_video", [True, False])
+def test_labels_and_crops_meet_at_the_frame_number(lines, with_video, tmp_path):
+    """Line i, frame i and %05d.jpg of i belong together, whatever is missing of one of them."""
+    labels = np.linspace(-0.9, 0.9, 2 * lines).round(3).reshape(lines, 2)
+    rows = "".join(f"{v},{a}\n" for v, a in labels)
+    put(
+        tmp_path,
+        "annotations/VA_Estimation_Challenge/Train_Set/12_right.txt",
+        text="valence,arousal\n" + rows,
+    )
+    put_crops(tmp_path / "cropped_aligned" / "12_right", [2, 4])
+    times_s = [0.0, 0.1, 0.3, 0.35] if with_video else np.arange(4) / 30
+    if with_video:
+        (tmp_path / "batch1").mkdir()
+        write_video(tmp_path / "batch1" / "12.mp4", pictures(4), list(times_s))
+    (sample,) = find(tmp_path)
+    clock = sample.frame_times_s()
+    np.testing.assert_allclose(clock, times_s, atol=1e-3)
+    assert sample.annotation is not None
+    track = read_va(sample.annotation, clock)
+    assert len(track) == 4
+    np.testing.assert_array_equal(track.valid, np.arange(4) < lines)
+    np.testing.assert_allclose(track.values[: min(lines, 4)], labels[:4], atol=1e-6)
+    ((crops, numbers),) = sample.read_crops(len(clock))
+    assert numbers.tolist() == [1, 3]
+    assert crops[:, 0, 0, 0].tolist() == [2, 4]
 
 
 def test_an_unreadable_crop_counts_as_missing(tmp_path, capfd):
