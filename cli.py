@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from .cli_store import STORE
 from .cli_store import store as store_commands
 
 if TYPE_CHECKING:
+    from .extract.datasets import Sample
     from .extract.encoder import Encoder
     from .extract.run import Outcome
     from .store import Store
@@ -77,6 +80,26 @@ def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: fl
     click.echo(f"{len(ids)} puppet videos in {folder}")
 
 
+def _on_people(command: Any) -> Any:
+    """The options on whose face is read, and how faces are found."""
+    for option in (
+        click.option(
+            "--person", default="main", show_default=True, metavar="main|all|left|right",
+            help="Whose face: the main one, everybody's (a curve for each), of two the left or right one.",
+        ),
+        click.option(
+            "--detector", default="mtcnn", show_default=True,
+            help="What finds faces: mtcnn, or a YuNet .onnx file (fast).",
+        ),
+        click.option(
+            "--every", default=1, show_default=True, type=click.IntRange(min=1),
+            help="Look for faces in every n-th frame and follow them between.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @STORE
@@ -85,25 +108,62 @@ def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: fl
     help="An encoder by name, or NAME=ENCODER to call its track NAME. May be repeated.",
 )  # fmt: skip
 @_OPTIONS
-def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+@_on_people
+@click.option(
+    "--shard", metavar="I/N", help="Only part I of N of the videos: one for each of N processes or machines."
+)
+@click.option(
+    "--crops-rate-hz", default=30.0, show_default=True, help="Frame rate of aligned crops without a video."
+)
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Of Ray.  [default: one a GPU, or for four CPUs]")
+def extract(
+    data: Path,
+    store: str,
+    names: tuple[str, ...],
+    options: tuple[str, ...],
+    person: str,
+    detector: str,
+    every: int,
+    shard: str | None,
+    crops_rate_hz: float,
+    engine: str,
+    workers: int | None,
+) -> None:
     """Compute the features of every video in DATA that the store does not have yet.
 
     DATA is a folder of videos, one video, or the Aff-Wild2 layout (its aligned crops and annotations are used).
     """
     from .extract.datasets import find
     from .extract.encoder import make_encoders
+    from .extract.people import People
     from .extract.run import extract as run
+    from .extract.run import shard as part_of
     from .store import Store
 
-    samples = find(data)
+    if workers and engine != "ray":
+        raise VacliError(
+            "--workers is for --engine ray; several local processes: --shard 1/2 and --shard 2/2"
+        )
+    samples = _of_person(find(data, crops_rate_hz), person)
+    samples = part_of(samples, shard) if shard else samples
     if any(s.crops for s in samples) and not (data / "puppets.json").exists():
         click.echo(
             "note: if this is Aff-Wild2: its licence forbids sharing features derived from it", err=True
         )
     opened = Store(store, create=True)
     encoders = make_encoders(names, _by_name(options), opened.fingerprints)
+    people = People(detector, every)
     _say_notes(encoders)
-    outcomes = run(samples, encoders, opened)
+    with _told_when_stopped(samples, store) as outcomes:
+        if engine == "ray":
+            from .extract.ray_engine import extract_with_ray
+
+            extract_with_ray(samples, encoders, opened, people, workers, click.echo, outcomes)
+        else:
+            run(samples, encoders, opened, people=people, tell=click.echo, outcomes=outcomes)
     _summarise(outcomes, store)
 
 
@@ -116,25 +176,57 @@ def extract(data: Path, store: str, names: tuple[str, ...], options: tuple[str, 
 @click.option("--model", help="A timm ViT; by default the one of the weights, else the MAE ViT-L/16.")
 @click.option("--weights", help="Where to start; looked for as by `vacli extract` if absent.")
 @click.option("--from-scratch", is_flag=True, help="Start from random weights (for small models only).")
-@click.option("--freeze", type=int, help="Lower blocks that stay as they are.  [default: two thirds]")
+@click.option(
+    "--freeze", type=int, help="Lower blocks left as they are.  [default: two thirds; none from scratch]"
+)
 @click.option("--size", type=int, help="Input pixels (with --from-scratch).")
 @click.option(
-    "--frames-per-video", default=300, show_default=True, help="Evenly spaced labelled frames of each video."
+    "--frames-per-video", default=300, show_default=True, help="Labelled frames of each video in an epoch."
 )
+@click.option(
+    "--sampling", type=click.Choice(["even", "time", "balanced"]), default="even", show_default=True,
+    help="even: the same evenly spaced frames; time: a random one of each stretch of time, anew every epoch; "
+    "balanced: as time, all regions of the valence-arousal plane alike.",
+)  # fmt: skip
+@click.option(
+    "--augment", type=click.Choice(["none", "light", "full"]), default="light", show_default=True,
+    help="light: mirror and shift; full: zoom, colour and erasing too.",
+)  # fmt: skip
+@click.option("--loss", type=click.Choice(["ccc", "mse"]), default="ccc", show_default=True)
+@click.option("--batch", default=64, show_default=True, help="Frames of a batch, over all GPUs.")
 @click.option("--epochs", default=10, show_default=True)
+@click.option("--lr", type=float, help="Learning rate of the head.  [default: 1e-4; from scratch 2e-3]")
+@click.option(
+    "--layer-decay", type=float,
+    help="Each block's share of the rate of the one above.  [default: 0.75; from scratch 1]",
+)  # fmt: skip
+@click.option("--weight-decay", default=0.05, show_default=True)
+@click.option("--ema", type=float, help="Keep a moving average of the weights, as 0.999.")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better validation CCC.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What to compute in.  [default: bfloat16 on a GPU, else float32]",
+)  # fmt: skip
+@click.option(
+    "--checkpointing", is_flag=True, help="Compute activations again instead of keeping them: less memory."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--note", help="A warning that travels with the weights, shown wherever they are used.")
 def finetune(data: Path, out: Path, store: str, **how: Any) -> None:
-    """Tune the upper blocks of a ViT on the labelled frames of DATA; use the result with -o mae.weights=OUT."""
+    """Tune the upper blocks of a ViT on the labelled frames of DATA; use the result with -o mae.weights=OUT.
+
+    Stopped, the same command goes on. Several GPUs: torchrun --nproc-per-node 4 --no-python vacli finetune ...
+    """
     from .extract.datasets import find
     from .extract.finetune import finetune as run
     from .store import Store
 
     figures = run(find(data), Store(store, create=True), out, **how)
-    click.echo(
-        f"{out}: frame by frame, validation CCC V {figures['ccc_valence']:.3f} A {figures['ccc_arousal']:.3f}; "
-        f"use it with -o mae.weights={out}"
-    )
+    if os.environ.get("RANK", "0") == "0":  # one of the processes of torchrun speaks
+        click.echo(
+            f"{out}: frame by frame, validation CCC V {figures['ccc_valence']:.3f} A {figures['ccc_arousal']:.3f}; "
+            f"use it with -o mae.weights={out}"
+        )
 
 
 @main.command()
@@ -208,6 +300,7 @@ def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> No
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True)
 @click.option("--no-smooth", is_flag=True, help="Write the raw curves.")
 @_OPTIONS
+@_on_people
 def predict(
     video: Path,
     run_path: str | None,
@@ -216,29 +309,39 @@ def predict(
     out: Path,
     no_smooth: bool,
     options: tuple[str, ...],
+    person: str,
+    detector: str,
+    every: int,
 ) -> None:
     """Write one CSV per video: frame, time_s, valence, arousal, face; one row per decoded frame."""
     from .extract.datasets import find
+    from .extract.people import People
     from .extract.run import extract as run_extract
     from .store import Store
     from .temporal.predict import open_run
 
     trained = open_run(run_path, runs)
     samples = [replace(sample, annotation=None) for sample in find(video)]  # a curve needs no label
+    samples = _of_person(samples, person)
     opened = Store(store, create=True)
     encoders = _encoders_of(trained, opened, _by_name(options))
+    people = People(detector, every)
     _say_notes(encoders)
     written: list[
         Path
     ] = []  # each as soon as its video is done: a run that is stopped leaves the curves so far
-    outcomes = run_extract(
-        samples,
-        encoders,
-        opened,
-        link=False,
-        then=lambda outcome: written.append(_write_curve(trained, outcome, opened, out, not no_smooth)),
-    )
-    click.echo(f"{len(written)} of {len(samples)} curves in {out}/ by {trained.path}")
+    with _told_when_stopped(samples, store) as outcomes:
+        run_extract(
+            samples,
+            encoders,
+            opened,
+            link=False,
+            then=lambda outcome: written.append(_write_curve(trained, outcome, opened, out, not no_smooth)),
+            people=people,
+            tell=click.echo,
+            outcomes=outcomes,
+        )
+    click.echo(f"{len(written)} of {len(outcomes)} curves in {out}/ by {trained.path}")
     _summarise(outcomes, store)
 
 
@@ -258,13 +361,10 @@ def heads(name: str | None) -> None:
 
 @main.command()
 def encoders() -> None:
-    """List the encoders: what they eat, what they give."""
-    from . import lookup
-    from .extract import ENCODERS
+    """List the encoders: what they eat and give, where their weights come from and under which licence."""
+    from .extract.catalogue import listing
 
-    for name in ENCODERS:
-        encoder = lookup(ENCODERS, name, "encoder")
-        click.echo(f"{name:<8} eats {encoder.eats:<6} {(encoder.__doc__ or '').splitlines()[0]}")
+    click.echo(listing())
 
 
 main.add_command(store_commands)
@@ -336,6 +436,33 @@ def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bo
     path = out / f"{outcome.sample.id}.csv"
     write_curve_csv(path, predict(run, [clip], smooth)[clip.id], face)
     return path
+
+
+def _of_person(samples: list[Sample], person: str) -> list[Sample]:
+    """The samples with the person asked for; one whose id says whom it means (Aff-Wild2's 12_left) keeps its own."""
+    from .extract.people import Person
+    from .extract.plan import EVERYBODY
+
+    if person != EVERYBODY:
+        Person(person)  # is there such a one
+    return [s if s.crops or s.person != "main" else replace(s, person=person) for s in samples]
+
+
+@contextlib.contextmanager
+def _told_when_stopped(samples: list[Sample], store: str) -> Iterator[list[Outcome]]:
+    """A list for the outcomes; where the run is stopped, it is told which videos are whole and which are not."""
+    outcomes: list[Outcome] = []
+    try:
+        yield outcomes
+    except (KeyboardInterrupt, VacliError):
+        whole = {o.sample.id for o in outcomes if o.complete}
+        left = [s.id for s in samples if s.id not in whole]
+        more = f" and {len(left) - 20} more" if len(left) > 20 else ""
+        click.echo(
+            f"\n{len(whole)} of {len(samples)} videos are whole in {store}; not done: {', '.join(left[:20])}{more}",
+            err=True,
+        )
+        raise
 
 
 def _say_notes(encoders: dict[str, Encoder]) -> None:

@@ -1,4 +1,4 @@
-"""RESULTS.md: the machine, the versions, and one table for each race, written from what was measured just now."""
+"""RESULTS.md: part by part the machine, the versions, and one table for each race, from what was measured just now."""
 
 from __future__ import annotations
 
@@ -11,34 +11,55 @@ from pathlib import Path
 
 from .race import Result, Target
 
-PACKAGES = ("numpy", "zarr", "h5py", "crc32c")
+PACKAGES = ("numpy", "torch", "timm", "av", "opencv-python-headless", "zarr", "h5py", "crc32c")
 HEAD = "| | median | GB/s | ratio | quartiles | target | |\n|---|--:|--:|--:|--:|--:|---|"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write(results: list[Result], disk: Path, load_before: float) -> str:
-    """The Markdown text. disk: where the races' files lay. load_before: of the machine, before the first race."""
-    held = [(r, i, t) for r in results for i, c in enumerate(r.contenders) for t in c.targets if not t.goal]
-    lines = [
-        "# Results",
-        "",
-        "Made by `python -m benchmarks`, not by hand. The contenders of a table run in turns, round after round, in",
-        "one process, with all files in the page cache. The first row is the plain twin; ratio = the twin's time / the",
-        "row's time in the same round: more is faster. Figures are medians over the rounds, quartiles the ratio's.",
-        "",
-        "The same bytes in two files can differ by a factor of two by where their pages lie in memory (LOG.md): rows",
-        "that read the chunk files compare with the twin; h5py and .npy have files of their own and compare roughly.",
-        "",
-        f"**Targets met: {sum(r.met(i, t) for r, i, t in held)} of {len(held)}.**",
-        "",
+TOP = """# Results
+
+Made by `python -m benchmarks`, not by hand; each part says when and on what. The contenders of a race run in turns,
+round after round, in one process, with all files in the page cache. The first row is the plain twin; ratio = the twin's
+time / the row's time in the same round: more is faster. Figures are medians over the rounds, quartiles the ratio's.
+"""
+
+
+def part(name: str, results: list[Result | str], disk: Path, load_before: float) -> str:
+    """The Markdown text of one part: the machine, then races and sections.
+
+    disk: where the files lay. load_before: of the machine, before the first race.
+    """
+    races = [r for r in results if not isinstance(r, str)]
+    held = [(r, i, t) for r in races for i, c in enumerate(r.contenders) for t in c.targets if not t.goal]
+    lines = [f"<!-- part: {name} -->", f"# {name.capitalize()}", ""]
+    if held:
+        lines += [f"**Targets met: {sum(r.met(i, t) for r, i, t in held)} of {len(held)}.**", ""]
+    lines += [
         "| | |\n|---|---|",
-        *(f"| {name} | {text} |" for name, text in _machine(disk, load_before).items()),
+        *(f"| {key} | {text} |" for key, text in _machine(disk, load_before).items()),
     ]
     for result in results:
-        rounds = len(result.seconds[0])
-        lines += ["", f"## {result.title}", "", f"{' '.join(result.says.split())} {rounds} rounds.", "", HEAD]
-        lines += [_row(result, which) for which in range(len(result.contenders))]
+        if isinstance(result, str):
+            lines += ["", result.strip()]
+        else:
+            rounds = len(result.seconds[0])
+            lines += [
+                "",
+                f"## {result.title}",
+                "",
+                f"{' '.join(result.says.split())} {rounds} rounds.",
+                "",
+                HEAD,
+            ]
+            lines += [_row(result, which) for which in range(len(result.contenders))]
     return "\n".join(lines) + "\n"
+
+
+def replaced(old: str, name: str, text: str, order: list[str]) -> str:
+    """RESULTS.md with one part in place of the old one of its name, the parts in their order."""
+    found = {piece.partition(" ")[0]: f"<!-- part: {piece}" for piece in old.split("<!-- part: ")[1:]}
+    found[name] = text
+    return "\n".join([TOP, *(found[n].strip() + "\n" for n in order if n in found)])
 
 
 def _row(result: Result, which: int) -> str:

@@ -11,7 +11,7 @@ from ..store import Fingerprints, combine, digest, folder_name
 from ..store.labels import VA_RECIPE, read_va
 from . import ENCODERS
 from .datasets import CROPS_RATE_HZ, Sample
-from .faces import Faces
+from .people import People, Person
 
 _DECODER = f"PyAV {version('av').split('.')[0]}"  # asked of the package's record: importing it takes a while
 PICTURES = {"decoder": _DECODER, "pictures": "every frame, upright, square pixels, at its own time"}
@@ -22,6 +22,7 @@ GIVEN_CROPS = {
     "source": "aligned crops of the data set; file %05d is frame number, from 1",
     "rate_hz_without_video": CROPS_RATE_HZ,
 }
+EVERYBODY = "all"  # the `person` of a sample that stands for one sample for each of the people in it
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,14 @@ class Kind:
         recipe = {**recipe, "made_from": made_from}
         address: dict[str, Any] = {"folder": folder_name(recipe)}
         if hasattr(maker, "eats"):
-            path = f"{type(maker).__module__}:{type(maker).__qualname__}"
-            kind = next((name for name, known in ENCODERS.items() if known == path), path)
-            address["encoder"] = {"kind": kind, "options": maker.options()}
+            address["encoder"] = {"kind": kind_of(maker), "options": maker.options()}
         return cls(recipe, digest(recipe), maker, address)
+
+
+def kind_of(encoder: Any) -> str:
+    """The name that makes such an encoder: of the table, else `package.module:Class`."""
+    path = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+    return next((name for name, known in ENCODERS.items() if known == path), path)
 
 
 @dataclass(frozen=True)
@@ -68,39 +73,63 @@ class Wanted:
         return getattr(self.kind.maker, "eats", "")
 
     @property
+    def by_frame(self) -> bool:
+        """Made at the times of the frames, so not before these are known."""
+        return (
+            self.eats == "crops" or self.kind.maker is read_va or getattr(self.maker, "clock", "") == "frames"
+        )
+
+    @property
     def entry(self) -> str:
         """Its name in the store."""
         return f"{self.kind.address['folder']}/{self.media[:24]}"
 
 
 class Plan:
-    """Which tracks a sample should have, for one choice of encoders."""
+    """Which tracks a sample should have, for one choice of encoders and one way to find people."""
 
-    def __init__(self, encoders: Mapping[str, Any]) -> None:
-        faces, pictures = Faces(), digest(PICTURES)
-        self._faces = Kind.of(faces, faces.recipe(), pictures)
+    def __init__(self, encoders: Mapping[str, Any], people: People) -> None:
+        self._encoders = encoders
+        pictures = digest(PICTURES)
+        self._people = Kind.of(people, people.recipe(), pictures)
         self._labels = Kind.of(read_va, VA_RECIPE, pictures)
-        given = digest({**GIVEN_CROPS, "made_from": pictures})
-        self._encoded = {
-            crops_given: {
-                name: Kind.of(e, e.recipe(), seen_by if e.eats == "crops" else digest(SOUND))
-                for name, e in encoders.items()
-            }
-            for crops_given, seen_by in ((False, self._faces.digest), (True, given))
+        self._sounds = {
+            n: Kind.of(e, e.recipe(), digest(SOUND)) for n, e in encoders.items() if e.eats == "sound"
         }
+        self._given = self._encoded(digest({**GIVEN_CROPS, "made_from": pictures}))
+        self._followed: dict[
+            str, tuple[Kind, dict[str, Kind]]
+        ] = {}  # by person: the faces, what is made of them
 
     def tracks(self, sample: Sample, media: str, fingerprints: Fingerprints) -> dict[str, Wanted]:
         """Every track of the sample, whose pictures have the digest `media`, in the order they are made.
 
-        Faces, encoders, labels. Raises VacliError for a file that cannot be read.
+        People, faces, encoders, labels; of a sample that stands for everybody the people alone. Raises VacliError for a
+        file that cannot be read, and for a person that is none.
         """
-        tracks = {"faces": Wanted(self._faces, media)} if sample.crops is None else {}
-        for name, kind in self._encoded[sample.crops is not None].items():
-            if kind.maker.eats == "crops":
-                tracks[name] = Wanted(kind, media)
-            elif sample.video is not None:
-                heard = media if sample.crops is None else fingerprints.file(sample.video)
-                tracks[name] = Wanted(kind, heard)
+        if sample.crops is not None:
+            tracks, encoded = {}, self._given
+        else:
+            tracks = {"people": Wanted(self._people, media)}
+            if sample.person == EVERYBODY:
+                return tracks
+            faces, encoded = self._of(sample.person)
+            tracks["faces"] = Wanted(faces, media)
+        tracks |= {name: Wanted(kind, media) for name, kind in encoded.items()}
+        if self._sounds and sample.video is not None:
+            heard = media if sample.crops is None else fingerprints.file(sample.video)
+            tracks |= {name: Wanted(kind, heard) for name, kind in self._sounds.items()}
         if sample.annotation is not None:
             tracks["label.va"] = Wanted(self._labels, combine(fingerprints.file(sample.annotation), media))
         return tracks
+
+    def _of(self, person: str) -> tuple[Kind, dict[str, Kind]]:
+        if person not in self._followed:
+            chosen = Person(person)
+            faces = Kind.of(chosen, chosen.recipe(), self._people.digest)
+            self._followed[person] = faces, self._encoded(faces.digest)
+        return self._followed[person]
+
+    def _encoded(self, made_from: str) -> dict[str, Kind]:
+        eaters = {name: e for name, e in self._encoders.items() if e.eats == "crops"}
+        return {name: Kind.of(e, e.recipe(), made_from) for name, e in eaters.items()}

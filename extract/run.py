@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,20 @@ from tqdm import tqdm
 
 from .. import VacliError
 from ..store import Damaged, Store, Track
-from ..store.labels import read_va
+from ..store.names import plain_id
 from . import canary
-from .crops import Crops, aligned
+from .crops import Crops
 from .datasets import Sample
 from .encoder import Encoder
-from .plan import Plan, Wanted
+from .making import Making, Notes
+from .people import People
+from .pipeline import Busy, Job, Machine, Rows
+from .plan import EVERYBODY, Plan, Wanted
+from .progress import Progress
 
-_PIECE_ROWS = 1024  # written at once: a long stretch without a face takes no memory
 _REMEMBER_S = 5.0  # media digests are kept as often as this: they are one file that grows
+_POLL_S = 0.2  # how often is looked whether another process is done with a video
+_MOST_READERS = 8  # videos read at once; more would only hold more pictures in memory
 
 
 @dataclass
@@ -49,37 +57,52 @@ class Outcome:
         return times_s, np.isin(np.arange(len(times_s)), list(self.sample.crop_files()))
 
 
+def shard(samples: list[Sample], part: str) -> list[Sample]:
+    """Part "i/n" of the samples, 1/n to n/n: every n-th video, in the order of their ids. Raises VacliError.
+
+    The parts of one folder have nothing in common and are the whole together; people in one video stay together.
+    """
+    first, slash, count = part.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise VacliError(f"--shard {part}: wanted I/N, as 1/4, 2/4, 3/4 and 4/4")
+    samples = sorted(samples, key=lambda s: s.id)
+    sources = {source: n for n, source in enumerate(dict.fromkeys(s.video or s.crops for s in samples))}
+    return [s for s in samples if sources[s.video or s.crops] % int(count) == int(first) - 1]
+
+
 def extract(
     samples: list[Sample],
     encoders: dict[str, Encoder],
     store: Store,
     link: bool = True,
     then: Callable[[Outcome], object] | None = None,
+    people: People | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+    outcomes: list[Outcome] | None = None,
 ) -> list[Outcome]:
-    """Make what is missing, sample by sample; one broken video never stops the others.
+    """Make what is missing, several samples at a time; one broken video never stops the others.
 
     link: tell the store's list of videos about the samples (so that training finds them). then: called with each
-    outcome as soon as all its tracks are stored; what goes wrong in it is that sample's problem. What was stored
-    before is not computed again; stop it at any time and call it again. Raises a fatal VacliError for what would
-    befall every video: a store that cannot be written, weights that do not fit.
+    outcome as soon as all its tracks are stored; what goes wrong in it is that sample's problem. people: how faces are
+    found; by MTCNN in every frame. tell: gets a line on where the time went. outcomes: a list to put the outcomes
+    in as they come, for one who wants to know them though this is stopped.
+
+    Returns the outcomes in the order of the samples, those of a sample for everybody in its place. What was stored
+    before is not computed again; stop it at any time and call it again. A video that another process is at is left to
+    it, and looked at again when all others are done. Raises a fatal VacliError for what would befall every video: a
+    store that cannot be written, weights that do not fit.
     """
-    run = _Run(encoders, store, link)
-    outcomes = []
-    calm = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-    due_s = time.monotonic() + _REMEMBER_S
+    outcomes = [] if outcomes is None else outcomes
+    run = _Run(encoders, store, link, then, people or People(), outcomes)
     try:
-        with tqdm(samples, desc="extract", unit="video", dynamic_ncols=True, mininterval=calm) as bar:
-            for sample in bar:
-                bar.set_postfix_str(sample.id[-40:], refresh=sys.stderr.isatty())
-                outcomes.append(run.one(sample, then))
-                if time.monotonic() > due_s:
-                    store.remember_fingerprints()
-                    due_s = time.monotonic() + _REMEMBER_S
+        run.all(samples, tell)
     except BaseException:
         with contextlib.suppress(VacliError):  # the first mishap is the one to tell
             store.remember_fingerprints()
         raise
     store.remember_fingerprints()
+    place = {id(s): n for n, s in enumerate(samples)}
+    outcomes.sort(key=lambda o: (place[id(run.stands_for.get(id(o.sample), o.sample))], o.sample.id))
     return outcomes
 
 
@@ -87,8 +110,16 @@ def _one_line(e: Exception) -> str:
     return " ".join(str(e).split())
 
 
-# {"problem" | "damage" | "warning": text}; stored with the track, so without the file's name, which may change.
-Notes = dict[str, str]
+@dataclass(eq=False)
+class _Task:
+    """What is to be done about a sample; making None: nothing. notes, failed: of what is there, tombstones apart."""
+
+    outcome: Outcome
+    notes: dict[str, Notes]
+    failed: dict[str, dict[str, Any]]
+    making: Making | None = None
+    unclaim: Callable[[], None] = lambda: None
+    error: Exception | None = None
 
 
 class _Run:
@@ -97,46 +128,125 @@ class _Run:
     What opens videos is imported where it is done: a run that finds nothing missing needs none of it.
     """
 
-    def __init__(self, encoders: dict[str, Encoder], store: Store, link: bool) -> None:
-        self._encoders, self._store, self._link = encoders, store, link
-        self._plan = Plan(encoders)
+    def __init__(
+        self,
+        encoders: dict[str, Encoder],
+        store: Store,
+        link: bool,
+        then: Callable[[Outcome], object] | None,
+        people: People,
+        outcomes: list[Outcome],
+    ) -> None:
+        self._encoders, self._store, self._link, self._then = encoders, store, link, then
+        self._plan, self._outcomes = Plan(encoders, people), outcomes
         self._named = store.videos() if link else {}
         self._row_shapes: dict[str, tuple[int, ...]] = {}  # by the recipe's digest
         self._met: set[str] = set()  # digests of recipes that the store has tracks of
+        self._turns = {
+            id(e): threading.Lock() for e in encoders.values()
+        }  # one sound at a time through a network
+        self._due_s = time.monotonic() + _REMEMBER_S
+        self._wait: Callable[[], object] = lambda: time.sleep(_POLL_S)
+        self._running: set[_Task] = set()
+        self._everybody: set[int] = set()  # the id() of samples for everybody whose people are not known yet
+        self._people: deque[Sample] = deque()  # those that were found in them
+        self.stands_for: dict[int, Sample] = {}  # by the id() of a person's sample: the one for everybody
 
-    def one(self, sample: Sample, then: Callable[[Outcome], object] | None) -> Outcome:
-        """Everything for one sample. Raises only what would befall the others too."""
-        outcome = Outcome(sample)
+    def all(self, samples: list[Sample], tell: Callable[[str], object]) -> None:
+        """Look at each; from the first one with something missing on, with the whole machine."""
+        calm = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+        tasks = self._tasks(samples)
+        looking = tqdm(total=len(samples), desc="look", unit="video", mininterval=calm, delay=1, leave=False)
+        with looking as bar:
+            for task in tasks:
+                bar.update()
+                if task.making:
+                    break
+                self._finish(task)
+                self._remember()
+            else:
+                return
+        busy = Busy()
+        readers = max(1, min(_MOST_READERS, (os.cpu_count() or 2) // 2, len(samples)))
+        machine = Machine(readers, busy)
+        self._wait = machine.wait
+        with Progress(
+            [s for s in samples if id(s) not in {id(o.sample) for o in self._outcomes}], calm
+        ) as progress:
+            jobs = self._jobs(chain([task], tasks), machine, busy, progress)
+            finished = machine.run(
+                jobs, lambda task: self._answer(task, progress), lambda: self._tick(progress)
+            )
+            try:
+                for job in finished:
+                    self._finish(job.about, job.error)
+                    progress.done(job.about.outcome.sample, job.about.making.frames)
+            finally:
+                finished.close()
+                for task in self._running:  # stopped on the way
+                    task.unclaim()
+        tell(busy.report(readers))
+
+    # ---- looking what is missing; of this the machine has a thread -------------------------------------------
+
+    def _tasks(self, samples: Iterable[Sample]) -> Iterator[_Task]:
+        """Every sample, claimed where something is missing. Those that somebody is at come last."""
+        at_others: deque[Sample] = deque()
+        for sample in samples:
+            if task := self._look(sample):
+                yield task
+            else:
+                at_others.append(sample)
+        while at_others or self._people or self._everybody:
+            at_others.extend(self._people.popleft() for _ in range(len(self._people)))
+            for _ in range(len(at_others)):
+                sample = at_others.popleft()
+                if task := self._look(sample):
+                    yield task
+                else:
+                    at_others.append(sample)
+            if at_others or self._everybody:
+                self._wait()
+
+    def _look(self, sample: Sample) -> _Task | None:
+        """What is to be done about it; None where somebody is at it. Raises only what would befall the others too."""
+        task = _Task(Outcome(sample), {}, {})
+        outcome, unclaim = task.outcome, None
         try:
-            self._fill(outcome)
-            if then:
-                then(outcome)
+            outcome.media = sample.media(self._store.fingerprints)
+            outcome.tracks = self._plan.tracks(sample, outcome.media, self._store.fingerprints)
+            if self._missing(task):
+                unclaim = self._store.claim(outcome.media)
+                if unclaim is None:
+                    return None
+                if missing := self._missing(task):  # now that nobody else is at it
+                    task.unclaim, unclaim = unclaim, None
+                    task.making = Making(
+                        sample, outcome.media, outcome.tracks, missing, self._store, self._row_shapes
+                    )
+                    self._running.add(task)
         except VacliError as e:
             if e.fatal:
                 raise
-            outcome.problem = _one_line(e)
-        except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
-            outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
-        return outcome
+            task.error = e
+        except Exception as e:
+            task.error = e
+        finally:
+            if unclaim:
+                unclaim()
+        if task.making and sample.person == EVERYBODY:
+            self._everybody.add(id(sample))
+        return task
 
-    def _fill(self, outcome: Outcome) -> None:
-        sample = outcome.sample
-        outcome.media = sample.media(self._store.fingerprints)
-        outcome.tracks = self._plan.tracks(sample, outcome.media, self._store.fingerprints)
-        records = {name: self._record(wanted) for name, wanted in outcome.tracks.items()}
-        failed = {name: record for name, record in records.items() if record and "failed" in record}
-        missing = {name: outcome.tracks[name] for name, record in records.items() if record is None}
-        notes = {name: record["provenance"] for name, record in records.items() if record}
-        if missing and "faces" not in failed:  # else there is nothing to make the others from
-            for name, new in self._make(outcome, missing):
-                notes[name] = new
-                outcome.computed.append(name)
-        if failed:
-            raise VacliError(f"{sample.source}: {_known(sample, list(failed.values()))}")
-        outcome.complete = True
-        _tell(outcome, list(notes.values()), self._encoders)
-        if self._link:
-            self._name(outcome)
+    def _missing(self, task: _Task) -> dict[str, Wanted]:
+        """Tracks to be made; what is there goes into the task."""
+        tracks = task.outcome.tracks
+        records = {name: self._record(wanted) for name, wanted in tracks.items()}
+        task.failed = {name: record for name, record in records.items() if record and "failed" in record}
+        task.notes = {name: record["provenance"] for name, record in records.items() if record}
+        if "people" in task.failed:  # there is nothing to make the others from
+            return {}
+        return {name: tracks[name] for name, record in records.items() if record is None}
 
     def _record(self, wanted: Wanted) -> dict[str, Any] | None:
         """The commit record of what the store has, be it a tombstone; None where it has nothing whole."""
@@ -165,113 +275,96 @@ class _Run:
 
     # ---- making what is missing ------------------------------------------------------------------------------
 
-    def _make(self, outcome: Outcome, missing: dict[str, Wanted]) -> Iterator[tuple[str, Notes]]:
-        """Compute and store tracks, each told with its notes once it is stored.
+    def _jobs(
+        self, tasks: Iterable[_Task], machine: Machine, busy: Busy, progress: Progress
+    ) -> Iterator[Job]:
+        for task in tasks:
+            machine.ask(task)
+            if task.making:
+                yield self._job(task, task.making, machine, busy, progress)
 
-        Faces are one pass over the video, all frame encoders together another one, each sound encoder its own.
-        """
-        sample = outcome.sample
-        eaters, hearers = (
-            {n: w for n, w in missing.items() if w.eats == food} for food in ("crops", "sound")
-        )
-        for wanted in (eaters | hearers).values():  # before anything is decoded
-            if wanted.kind.digest not in self._row_shapes:
-                shape = canary.check(self._store, wanted.recipe, wanted.maker)
-                self._row_shapes[wanted.kind.digest] = shape
-        if "faces" in missing:
-            with self._burying(outcome, ["faces"]):
-                track, notes = _watched(sample, missing["faces"].maker)
-            yield self._put(outcome, "faces", track, notes)
-        by_frame = [name for name in missing if name in (*eaters, "label.va")]
-        if by_frame:
-            with self._burying(outcome, by_frame):
-                times_s, batches, notes = self._frames(outcome)
-        if eaters:
-            with self._burying(outcome, eaters):
-                notes = self._encode(outcome, eaters, batches, times_s, notes)
-            yield from ((name, notes) for name in eaters)
-        for name, wanted in hearers.items():
-            with self._burying(outcome, [name]):
-                track, notes = _heard(sample, wanted.maker)
-            yield self._put(outcome, name, track, notes)
-        if "label.va" in missing:
-            assert sample.annotation is not None
-            yield self._put(outcome, "label.va", read_va(sample.annotation, times_s), notes)
+    def _job(self, task: _Task, making: Making, machine: Machine, busy: Busy, progress: Progress) -> Job:
+        told = progress.of(task.outcome.sample, making.passes)
 
-    def _frames(self, outcome: Outcome) -> tuple[np.ndarray, Iterator[Crops], Notes]:
-        """The times of all frames (T,), and the crops to be had of them."""
-        sample = outcome.sample
-        if sample.crops is None:
-            wanted = outcome.tracks["faces"]
-            faces = self._store.get(wanted.recipe, wanted.media)
-            return faces.times_s, aligned(sample, faces), {}
-        times_s, damage = sample.frame_clock()
-        return times_s, sample.read_crops(len(times_s)), _damaged(damage)
+        def read(job: Job) -> Iterator[Crops]:
+            def start(writing: Generator[None, Rows | None, None]) -> None:
+                job.writing = writing
 
-    def _encode(
-        self,
-        outcome: Outcome,
-        eaters: dict[str, Wanted],
-        batches: Iterator[Crops],
-        times_s: np.ndarray,
-        notes: Notes,
-    ) -> Notes:
-        """One pass of crops through every encoder and on to the disk; rows without a crop are NaN.
+            return making.read(start, machine.watched, told, busy, self._turns)
 
-        The space on the disk is taken before the first crop is encoded. Returns what there is to note of the tracks.
-        """
-        first = list(itertools.islice(batches, 1))
-        notes = notes if first else notes | _unseen(len(times_s))
-        with contextlib.ExitStack() as stack, _frame_bar("encode", len(times_s)) as bar:
-            writers = {
-                name: stack.enter_context(
-                    self._store.writing(
-                        wanted.recipe,
-                        wanted.media,
-                        len(times_s),
-                        self._row_shapes[wanted.kind.digest],
-                        np.float16,
-                        {"sample": outcome.sample.id, **notes},
-                    )
-                )
-                for name, wanted in eaters.items()
-            }
-            done = 0
-            for crops, rows in itertools.chain(first, batches):
-                end = int(rows[-1]) + 1
-                for name, wanted in eaters.items():
-                    _append(writers[name], times_s[:end], done, wanted.maker(crops), rows)
-                bar.update(end - done)
-                done = end
-            for name, wanted in eaters.items():
-                nothing = np.empty((0, *self._row_shapes[wanted.kind.digest]), np.float16)
-                _append(writers[name], times_s, done, nothing, np.empty(0, int))
-            self._refuse_changed(outcome)
-        return notes
+        return Job(read, {name: self._encoders[name] for name in making.eaters}, task)
 
-    def _put(self, outcome: Outcome, name: str, track: Track, notes: Notes) -> tuple[str, Notes]:
-        wanted = outcome.tracks[name]
-        self._refuse_changed(outcome)
-        self._store.put(wanted.recipe, wanted.media, track, {"sample": outcome.sample.id, **notes})
-        return name, notes
-
-    def _refuse_changed(self, outcome: Outcome) -> None:
-        """What was read while it was being written is of no medium that has a name."""
-        if outcome.sample.media(self._store.fingerprints) != outcome.media:
-            raise VacliError(f"{outcome.sample.source}: it changed while it was read; run again")
-
-    @contextlib.contextmanager
-    def _burying(self, outcome: Outcome, names: Iterable[str]) -> Iterator[None]:
-        """Of what the bytes are to blame for the next run is told at once: these tracks can never be made of them."""
-        from .media import MediaError
-
+    def _answer(self, task: _Task, progress: Progress) -> None:
+        """In the main thread: a sample with nothing to do is done; else its encoders' canaries, before any decoding."""
         try:
-            yield
-        except MediaError as e:
-            self._refuse_changed(outcome)
-            for wanted in (outcome.tracks[name] for name in names):
-                self._store.fail(wanted.recipe, wanted.media, e.reason, {"sample": outcome.sample.id})
-            raise
+            for wanted in task.making.missing.values() if task.making else ():
+                if wanted.eats and wanted.kind.digest not in self._row_shapes:
+                    shape = canary.check(self._store, wanted.recipe, wanted.maker)
+                    self._row_shapes[wanted.kind.digest] = shape
+        except Exception as e:  # an encoder's own surprise, met again at every sample
+            if getattr(e, "fatal", False):
+                raise
+            task.error, task.making = e, None
+        if task.making is None:
+            self._finish(task)
+            progress.done(task.outcome.sample, None)
+
+    def _tick(self, progress: Progress) -> None:
+        progress.show()
+        self._remember()
+
+    def _remember(self) -> None:
+        if time.monotonic() > self._due_s:
+            self._store.remember_fingerprints()
+            self._due_s = time.monotonic() + _REMEMBER_S
+
+    # ---- what became of it -----------------------------------------------------------------------------------
+
+    def _finish(self, task: _Task, error: Exception | None = None) -> None:
+        """The outcome of one sample, in the main thread. Raises only what would befall the others too."""
+        outcome, sample = task.outcome, task.outcome.sample
+        if task.making:
+            outcome.computed = [name for name in outcome.tracks if name in task.making.notes]
+            task.notes |= task.making.notes
+        try:
+            if error or task.error:
+                raise error or task.error  # type: ignore[misc]
+            self._complete(task)
+        except VacliError as e:
+            if e.fatal:
+                raise
+            outcome.problem = _one_line(e)
+        except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
+            outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
+        if sample.person != EVERYBODY or outcome.problem:
+            self._outcomes.append(outcome)
+        task.unclaim()
+        self._running.discard(task)
+        self._everybody.discard(id(sample))
+
+    def _complete(self, task: _Task) -> None:
+        outcome, sample = task.outcome, task.outcome.sample
+        if task.failed:
+            raise VacliError(f"{sample.source}: {_known(sample, list(task.failed.values()))}")
+        if sample.person == EVERYBODY:
+            self._find_everybody(outcome)
+            return
+        outcome.complete = True
+        _tell(outcome, list(task.notes.values()), self._encoders)
+        if self._link:
+            self._name(outcome)
+        if self._then:
+            self._then(outcome)
+
+    def _find_everybody(self, outcome: Outcome) -> None:
+        """A sample for each of the people; the annotation is of the main one."""
+        sample = outcome.sample
+        count = self._store.record(outcome.tracks["people"].entry)["arrays"]["values"]["shape"][1]
+        for k in range(1, count + 1):
+            name = plain_id(f"{sample.id}_person{k}")
+            person = replace(sample, id=name, person=str(k), annotation=sample.annotation if k == 1 else None)
+            self.stands_for[id(person)] = sample
+            self._people.append(person)
 
 
 def _known(sample: Sample, tombstones: list[dict[str, Any]]) -> str:
@@ -279,52 +372,6 @@ def _known(sample: Sample, tombstones: list[dict[str, Any]]) -> str:
     reasons = "; ".join(dict.fromkeys(t["failed"] for t in tombstones))
     name = shlex.quote(tombstones[0]["provenance"].get("sample", sample.id))
     return f"{reasons} (known from an earlier run; `vacli store rm {name}` to try again)"
-
-
-SILENT = {"problem": "it has no sound; its curve rests on the picture alone"}
-
-
-def _damaged(damage: str | None) -> Notes:
-    return {"damage": damage} if damage else {}
-
-
-def _unseen(rows: int) -> Notes:
-    return {"warning": f"no face in any of its {rows} frames"}
-
-
-def _watched(sample: Sample, faces: Any) -> tuple[Track, Notes]:
-    from .media import Video
-
-    assert sample.video is not None
-    video = Video(sample.video)
-    hint = video.check().frames_hint
-    with _frame_bar("faces", hint) as bar:
-        track = faces(video, on_frames=bar.update)
-    return track, _damaged(video.damage) | ({} if track.valid.any() else _unseen(len(track)))
-
-
-def _heard(sample: Sample, encoder: Any) -> tuple[Track, Notes]:
-    from .media import Video
-
-    assert sample.video is not None
-    video = Video(sample.video)
-    track = encoder(video.sound(encoder.rate_hz))
-    return track, _damaged(video.damage) | ({} if len(track) else SILENT)
-
-
-def _append(writer: Any, times_s: np.ndarray, done: int, values: np.ndarray, rows: np.ndarray) -> None:
-    """Rows `done` to len(times_s) onto a writer: `values` at `rows`, else NaN."""
-    for low in range(done, len(times_s), _PIECE_ROWS):
-        here = (low <= rows) & (rows < low + _PIECE_ROWS)
-        times = times_s[low : low + _PIECE_ROWS]
-        piece = np.full((len(times), *values.shape[1:]), np.nan, np.result_type(values, np.float16))
-        piece[rows[here] - low] = values[here]
-        writer.append(piece, times)
-
-
-def _frame_bar(doing: str, total: int | None) -> tqdm:
-    """The inner bar, over the frames of one video; only for eyes, not for log files."""
-    return tqdm(total=total, desc=doing, unit="frame", leave=False, dynamic_ncols=True, disable=None)
 
 
 def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder]) -> None:
@@ -338,29 +385,3 @@ def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder]) ->
         outcome.problem = f"{outcome.sample.source}: {'; '.join(told['problem'])}"
     if told["warning"]:
         outcome.warning = f"{outcome.sample.source}: {'; '.join(told['warning'])}"
-
-
-def labelled_crops(outcome: Outcome, store: Store, most: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Up to `most` evenly spaced frames that have a face and a label: (crops (N, H, W, 3), labels (N, 2)).
-
-    outcome: complete, of `extract` (with no encoder will do). None if there is no such frame. Crops are 112x112, or as
-    the data set brings them; raises VacliError where those differ in size.
-    """
-    sample, tracks = outcome.sample, outcome.tracks
-    labels = store.get(tracks["label.va"].recipe, tracks["label.va"].media)
-    if sample.crops is None:
-        faces = store.get(tracks["faces"].recipe, tracks["faces"].media)
-        seen, batches = np.flatnonzero(labels.valid & faces.valid), aligned(sample, faces)
-    else:
-        seen, batches = np.flatnonzero(labels.valid), sample.read_crops(len(labels))
-        seen = np.intersect1d(seen, list(sample.crop_files()))
-    if not len(seen):
-        return None
-    chosen = seen[np.linspace(0, len(seen) - 1, min(most, len(seen))).astype(int)]
-    kept = [(crops[here], rows[here]) for crops, rows in batches if (here := np.isin(rows, chosen)).any()]
-    if not kept:
-        return None
-    if len({crops.shape[1:] for crops, _ in kept}) > 1:
-        raise VacliError(f"{sample.crops}: crops of several sizes; wanted one size, 112x112")
-    rows = np.concatenate([rows for _, rows in kept])
-    return np.concatenate([crops for crops, _ in kept]), labels.values[rows]

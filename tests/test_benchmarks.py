@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import replaced
+
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 
@@ -19,7 +21,7 @@ def run(tmp_path_factory) -> tuple[str, Path]:
     """What a tiny run printed, and the folder where it could have left something."""
     place = tmp_path_factory.mktemp("benchmarks")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks", "--small"],
+        [sys.executable, "-W", "error", "-m", "benchmarks", "store", "decoding", "extraction", "--small"],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(place)},
         capture_output=True,
@@ -86,6 +88,17 @@ def test_the_table_names_what_the_figures_depend_on(run):
     for name in ("machine", "disk", "load", "versions", "commit", "date"):
         assert re.search(rf"^\| {name} \| \S.* \|$", run[0], re.M), name
     assert all(package in run[0] for package in ("python 3", "numpy", "zarr", "h5py"))
+
+
+def test_a_part_that_is_measured_anew_takes_the_place_of_the_old_one():
+    order = ["a", "b", "c"]
+    old = "# Results\n\n<!-- part: a -->\n# A\n1\n\n<!-- part: c -->\n# C\n3\n"
+    new = replaced(old, "b", "<!-- part: b -->\n# B\n2\n", order)
+    assert re.findall(r"part: (\w)", new) == order
+    again = replaced(new, "a", "<!-- part: a -->\n# A\n9\n", order)
+    assert "9" in again
+    assert "1" not in again
+    assert replaced(again, "a", "<!-- part: a -->\n# A\n9\n", order) == again
 
 
 def test_nothing_is_left_behind(run):

@@ -19,15 +19,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from vacli import VacliError
-from vacli.extract import canary, crops, run
+from vacli.extract import canary, making, run
 from vacli.extract.canary import CanaryError
 from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
-from vacli.extract.faces import Faces
+from vacli.extract.faces import align
 from vacli.extract.finetune import _initialise
 from vacli.extract.logmel import LogMel
 from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import MediaError, Video
+from vacli.extract.people import People, Person
 from vacli.extract.plan import GIVEN_CROPS, PICTURES, SOUND, Plan
 from vacli.extract.run import Outcome, extract
 from vacli.store import Store, StoreError, Track, digest
@@ -101,11 +102,11 @@ def store(tmp_path) -> Store:
 
 @pytest.fixture
 def everyone_is_seen(monkeypatch):
-    """The detector finds a face in every frame but the second."""
+    """The detector finds a face in every frame but the first of each batch of eight."""
 
     def found(self, frames: np.ndarray) -> list[np.ndarray]:
         face = np.array([[8, 8, 40, 40, *[15, 20, 30, 20, 22, 26, 16, 34, 29, 34], 0.9]], np.float32)
-        return [face if i != 1 else face[:0] for i in range(len(frames))]
+        return [face if i else face[:0] for i in range(len(frames))]
 
     monkeypatch.setattr("vacli.extract.faces.Detector.__call__", found)
 
@@ -143,7 +144,7 @@ samples, store = find(folder), Store(path, create=True)
 encoders = make_encoders(["mae", "logmel"], {"mae": {"weights": weights, "dtype": "float32"}}, store.fingerprints)
 outcomes = extract(samples, encoders, store)
 took_s = time.perf_counter() - began
-assert len(outcomes) == 600 and all(o.complete and len(o.tracks) == 4 for o in outcomes)
+assert len(outcomes) == 600 and all(o.complete and len(o.tracks) == 5 for o in outcomes)
 assert [o.computed for o in outcomes if o.computed] == []
 print(took_s, *{"torch", "timm", "cv2", "av", "joblib", "zarr", "h5py"} & set(sys.modules))
 """
@@ -163,10 +164,10 @@ def test_a_complete_store_of_600_videos_is_run_again_in_a_second_without_a_decod
     encoders = make_encoders(
         ["mae", "logmel"], {"mae": {"weights": weights, "dtype": "float32"}}, store.fingerprints
     )
-    plan, track = Plan(encoders), Track(np.zeros((2, 3), np.float16), np.arange(2.0))
+    plan, track = Plan(encoders, People()), Track(np.zeros((2, 3), np.float16), np.arange(2.0))
     for sample in find(folder):
         wanted = plan.tracks(sample, sample.media(store.fingerprints), store.fingerprints)
-        assert list(wanted) == ["faces", "mae", "logmel", "label.va"]
+        assert list(wanted) == ["people", "faces", "mae", "logmel", "label.va"]
         for one in wanted.values():
             store.put(one.recipe, one.media, track, {"sample": sample.id})
     extract(find(folder), encoders, store)  # the names
@@ -191,7 +192,7 @@ def test_each_record_is_read_once_and_names_are_asked_for_once(lab, folder, stor
     for name in ("record", "videos", "link", "put", "writing"):
         counted(name)
     go(folder, Store(store.path, create=True), *names, **options)
-    assert calls.count("record") == 6  # two videos; faces, mae and logmel of each
+    assert calls.count("record") == 8  # two videos; people, faces, mae and logmel of each
     assert calls.count("videos") == 1
     assert not {"link", "put", "writing"} & set(calls)
 
@@ -201,8 +202,11 @@ def test_recipes_are_what_they_were_in_the_first_release(tmp_path):
     weights = tmp_path / "official.pth"
     weights.write_bytes(b"x")
     assert digest(LogMel().recipe()) == "01407a2c3142d40a04908f1fe066510880c09ea19f2de599b53dda70683ec43a"
-    if Faces().recipe()["weights_sha256"].startswith("4fc64d898dbb"):  # those of mtcnn 1.0.0
-        assert digest(Faces().recipe()) == "6fb65ade92b7969701ece9bf036ec25cb56f9024bc98d77479644147e7a56bb1"
+    if People().recipe()["detector"]["weights_sha256"].startswith("4fc64d898dbb"):  # those of mtcnn 1.0.0
+        assert digest(People().recipe()) == "fe2182cb7926249b5ce26959c99441fed6b690f497b1f3c7cc559f2990136515"
+    assert (
+        digest(Person("main").recipe()) == "d9c6069934158d6371a79ed1e4f44640152ecd4fa78a9a9ce5e35a934d28976a"
+    )
     for model, frozen in (
         ("vit_base_patch16_224.mae", "0e495eebe5311a188ad2ef8be4d42044e210d2a884b89db6ffabc3f31b5a2c27"),
         ("vit_large_patch16_224.mae", "4d90890eada350162fe610d5bde83929102e9d94e7b981ab53c98193aa047571"),
@@ -246,7 +250,7 @@ def broken(folder: Path) -> Path:
 def test_a_video_that_can_never_be_one_is_not_opened_again(lab, folder, store, monkeypatch):
     first = go(broken(folder), store, "logmel")
     assert "cannot be read as a video" in (first["text"].problem or "")
-    assert tombstones(store).keys() == {"faces"}
+    assert tombstones(store).keys() == {"people"}
     forbid_decoding(monkeypatch)
     weights = {"weights": str(lab / "mae.safetensors")}
     for names, options in ((["logmel"], {}), (["logmel", "mae"], {"mae": weights})):
@@ -284,7 +288,7 @@ def test_without_its_tombstone_a_video_is_tried_again(folder, store, monkeypatch
     (folder / "one.mkv").write_text("not a film")
     go(folder, store)
     remove(store, "one", [])
-    monkeypatch.setattr(Video, "check", lambda self: pytest.fail("as it should"))
+    monkeypatch.setattr(Video, "frames", lambda *_: pytest.fail("as it should"))
     with pytest.raises(pytest.fail.Exception, match="as it should"):
         go(folder, store)
 
@@ -388,16 +392,15 @@ def test_a_damaged_title_does_not_keep_a_video_from_being_read(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_nothing(folder, store, monkeypatch, everyone_is_seen):
-    check, path = Video.check, folder / "one.mkv"
+    frames, path = Video.frames, folder / "one.mkv"
 
-    def copied_over(self):
-        found = check(self)
+    def copied_over(self, *args):
+        yield from frames(self, *args)
         if self.path == path:
             shutil.copy(folder / "two.mkv", path)
-        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Video, "check", copied_over)
+        patch.setattr(Video, "frames", copied_over)
         done = go(folder, store, "drifting:Tint")
     assert done["one"].problem == f"{path}: it changed while it was read; run again"
     assert done["two"].complete
@@ -411,18 +414,17 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(folder, store, monk
 def test_however_a_track_is_cut_for_writing_it_is_the_same(
     batch, piece, folder, tmp_path, monkeypatch, everyone_is_seen
 ):
-    monkeypatch.setattr(crops, "BATCH", batch)
-    monkeypatch.setattr(run, "_PIECE_ROWS", piece)
+    monkeypatch.setattr("vacli.extract.crops.BATCH", batch)
+    monkeypatch.setattr("vacli.extract.pipeline.BATCH", batch)
+    monkeypatch.setattr("vacli.extract.making._PIECE_ROWS", piece)
     store = Store(tmp_path / "cut.zarr", create=True)
     done = go(folder, store, "drifting:Tint")["two"]
     track = store.get(done.tracks["tint"].recipe, done.tracks["tint"].media)
-    assert track.valid.tolist() == [True, False] + [True] * 7
+    assert track.valid.tolist() == [False] + [True] * 7 + [False]
     assert track.values.dtype == np.float16
     frames = np.concatenate([rgb for rgb, _ in Video(folder / "two.mkv").frames()])
     faces = store.get(done.tracks["faces"].recipe, done.tracks["faces"].media)
-    crops = np.stack(
-        [run.align(f, row[4:14]) for f, row in zip(frames, faces.values, strict=True) if row[0] > 0]
-    )
+    crops = np.stack([align(f, row[4:14]) for f, row in zip(frames, faces.values, strict=True) if row[0] > 0])
     wanted = (crops.mean(axis=(1, 2), dtype="float32") * [1, 2, 3]).astype(np.float16)
     assert np.array_equal(track.values[track.valid], wanted)
     assert np.array_equal(track.times_s, faces.times_s)
@@ -432,7 +434,8 @@ def test_however_a_track_is_cut_for_writing_it_is_the_same(
 def test_an_encoder_that_fails_on_the_way_leaves_nothing_behind(
     trouble, folder, store, monkeypatch, drifting, everyone_is_seen
 ):
-    monkeypatch.setattr(crops, "BATCH", 2)
+    monkeypatch.setattr("vacli.extract.crops.BATCH", 2)
+    monkeypatch.setattr("vacli.extract.pipeline.BATCH", 2)
     monkeypatch.setattr(drifting.Tint, "trouble", trouble)
     if isinstance(trouble, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
@@ -455,7 +458,7 @@ def test_a_long_stretch_without_a_face_is_not_held_in_memory(store):
     times_s, values = np.arange(float(rows)), np.ones((2, dim), np.float32)
     tracemalloc.start()
     with store.writing({"track": "long"}, "ab" * 32, rows, (dim,), np.float16) as writer:
-        run._append(writer, times_s, 0, values, np.array([5, rows - 1]))
+        making._append(writer, times_s, 0, values, np.array([5, rows - 1]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6 < rows * dim * 2 / 4

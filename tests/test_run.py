@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,7 +21,7 @@ from vacli.extract.finetune import _initialise
 from vacli.extract.logmel import LogMel
 from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import Video
-from vacli.extract.run import Outcome, extract, labelled_crops
+from vacli.extract.run import Outcome, extract
 from vacli.extract.synthetic import make_puppets
 from vacli.extract.weights import EncoderError
 from vacli.store import Store, Track
@@ -125,7 +124,7 @@ def test_a_row_is_a_decoded_frame_at_its_own_time(lab, folder, store):
         faces = get(store, outcome, "faces").valid
         assert np.array_equal(get(store, outcome, "mae").valid, faces)
     assert get(store, done["face"], "faces").valid.any()
-    assert store.videos()["odd"]["tracks"].keys() == {"faces", "mae", "logmel"}
+    assert store.videos()["odd"]["tracks"].keys() == {"people", "faces", "mae", "logmel"}
 
 
 def test_a_video_without_a_face_is_a_warning_and_rows_of_nan(lab, folder, store):
@@ -190,8 +189,8 @@ def test_features_do_not_depend_on_what_else_is_asked_for(lab, folder, tmp_path)
 
 def test_a_second_run_decodes_nothing_builds_no_model_and_computes_nothing(lab, folder, store, monkeypatch):
     first = run(folder, store, "mae", "logmel", mae=mae(lab))
-    assert computed(first)["face"] == ["faces", "mae", "logmel", "label.va"]
-    forbid(monkeypatch, (Video, "frames"), (Video, "sound"), (Video, "times"), (Mae, "_vit"))
+    assert computed(first)["face"] == ["people", "faces", "mae", "logmel", "label.va"]
+    forbid(monkeypatch, (Video, "frames"), (Video, "sound"), (Video, "times"), (Mae, "_network"))
     second = run(folder, Store(store.path), "mae", "logmel", mae=mae(lab))
     assert computed(second) == {"face": [], "odd": []}
     assert all(o.complete and o.problem is None for o in second.values())
@@ -212,7 +211,7 @@ def test_a_changed_video_of_the_same_name_is_made_anew(lab, folder, store):
     run(folder, store, "mae", mae=mae(lab))
     shutil.copy(lab / "puppets" / "batch1" / "puppet_train_01.mp4", folder / "face.mp4")
     again = run(folder, store, "mae", mae=mae(lab))
-    assert computed(again) == {"face": ["faces", "mae", "label.va"], "odd": []}
+    assert computed(again) == {"face": ["people", "faces", "mae", "label.va"], "odd": []}
     assert store.videos()["face"]["tracks"]["mae"]["media"] == again["face"].tracks["mae"].media
 
 
@@ -233,7 +232,7 @@ from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
 from vacli.extract.run import extract
 from vacli.store import Store
-import toy_encoders
+import toy_encoders, vacli.extract.crops, vacli.extract.pipeline
 folder, path, where = sys.argv[1:]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store, calls = Store(path, create=True), []
@@ -243,7 +242,8 @@ def counted(at, then, counts=lambda *_: True):
         if calls.count(True) == at: die()
         return then(*args)
     return call
-if where == "encoding":  # the canary, the first video, the second one
+if where == "encoding":  # the canary, and then some
+    vacli.extract.crops.BATCH = vacli.extract.pipeline.BATCH = 8
     toy_encoders.Brightness.__call__ = counted(3, toy_encoders.Brightness.__call__)
 if where == "writing":  # when the seventh track is about to become an entry
     os.rename = counted(7, os.rename, lambda old, new: "@" in str(new) and not str(new).endswith("zarr.json"))
@@ -357,7 +357,7 @@ def test_weights_that_do_not_fit_stop_the_run_at_once(lab, folder, store):
 
 def test_two_names_for_one_encoder_are_two_tracks(lab, folder, store):
     done = run(folder, store, "mae", "mae-tuned=mae", **{"mae": mae(lab), "mae-tuned": mae(lab, "b")})
-    assert done["face"].computed == ["faces", "mae", "mae-tuned", "label.va"]
+    assert done["face"].computed == ["people", "faces", "mae", "mae-tuned", "label.va"]
     linked = store.videos()["face"]["tracks"]
     assert linked["mae"]["folder"] != linked["mae-tuned"]["folder"]
     assert linked["mae-tuned"]["encoder"]["kind"] == "mae"
@@ -377,8 +377,12 @@ def test_anothers_encoder_is_made_by_its_path_and_again_by_what_the_store_says_o
 @pytest.mark.parametrize(
     ("names", "options", "complaint"),
     [
-        (["mea"], {}, "unknown encoder 'mea'; known: logmel, mae; or your own as package.module:Name"),
-        (["x="], {}, "unknown encoder ''; known: logmel, mae"),
+        (
+            ["mea"],
+            {},
+            "unknown encoder 'mea'; known: hf-audio, iresnet, logmel, mae, timm, vggish; or your own as",
+        ),
+        (["x="], {}, "unknown encoder ''; known: hf-audio"),
         (["toy_encoders:None"], {}, "encoder 'toy_encoders:None' cannot be imported"),
         (["os:path"], {}, "os:path is no encoder: wanted a class with name, eats"),
         (["toy_encoders:NoOptions"], {}, "toy_encoders:NoOptions is no encoder"),
@@ -409,34 +413,3 @@ def test_every_encoder_of_the_table_keeps_the_contract(lab, store):
         assert again.recipe() == encoder.recipe()
         assert encoder.recipe()["track"] == encoder.name == name
         assert encoder.eats in ("crops", "sound")
-
-
-# ---- crops to tune on ----------------------------------------------------------------------------------------
-
-
-def test_labelled_crops_have_a_face_and_a_label_and_are_spread_evenly(lab, folder, store):
-    face = run(folder, store)["face"]
-    both = get(store, face, "faces").valid & get(store, face, "label.va").valid
-    crops, labels = labelled_crops(face, store, 100)
-    assert crops.shape == (both.sum(), 112, 112, 3)
-    assert np.array_equal(labels, get(store, face, "label.va").values[both])
-    few, of_few = labelled_crops(face, store, 3)
-    assert np.array_equal(few[[0, -1]], crops[[0, -1]])
-    assert np.array_equal(of_few[[0, -1]], labels[[0, -1]])
-    one = run(lab / "puppets", store)["puppet_val_00"]
-    crops, labels = labelled_crops(one, store, 4)
-    assert len(crops) == len(labels) == 4
-
-
-def test_labelled_crops_are_none_where_nobody_was_seen(folder, store):
-    (folder / "odd.txt").write_text("valence,arousal\n" + "0.1,0.1\n" * 6)
-    assert labelled_crops(run(folder, store)["odd"], store, 9) is None
-
-
-def test_labelled_crops_of_several_sizes_are_refused(lab, store, tmp_path):
-    shutil.copytree(lab / "puppets", tmp_path / "data")
-    one = tmp_path / "data" / "cropped_aligned" / "puppet_train_00" / "00001.jpg"
-    cv2.imwrite(str(one), np.zeros((50, 50, 3), np.uint8))
-    done = run(tmp_path / "data", store)
-    with pytest.raises(VacliError, match="crops of several sizes; wanted one size"):
-        labelled_crops(done["puppet_train_00"], store, 99)
