@@ -76,7 +76,7 @@ class Making:
                     writing = self._write(times_s, notes)
                     next(writing)
                     start(writing)
-                    yield from self._told(itertools.chain(first, crops), len(times_s), progress)
+                    yield from itertools.chain(first, crops)
             if "label.va" in self.missing:
                 assert self.sample.annotation is not None
                 self._put("label.va", read_va(self.sample.annotation, times_s), notes)
@@ -162,14 +162,6 @@ class Making:
             writer.notes.update(notes)
             self._refuse_changed()
         self.notes[name] = notes
-
-    def _told(self, crops: Iterable[Crops], frames: int, progress: Callable[[int], None]) -> Iterator[Crops]:
-        done = 0
-        for piece in crops:
-            yield piece
-            progress(int(piece[1][-1]) + 1 - done)
-            done = int(piece[1][-1]) + 1
-        progress(frames - done)
 
     # ---- storing ---------------------------------------------------------------------------------------------
 

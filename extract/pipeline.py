@@ -122,12 +122,14 @@ class Job:
 
     read: gives (crops (n, H, W, 3), rows (n,)), doing on the way whatever else is to be made of the video; it may set
     `writing`. encoders: those that eat the crops. writing: a generator, started, that is sent Rows in order and None
-    at the end. error: why it could not be done.
+    at the end. encoded: told, in the calling thread, of which rows the crops were encoded. error: why it could not be
+    done.
     """
 
     read: Callable[[Job], Iterator[tuple[np.ndarray, np.ndarray]]]
     encoders: dict[str, Any]
     about: Any = None
+    encoded: Callable[[np.ndarray], None] = lambda _: None
     writing: Generator[None, Rows | None, None] | None = None
     error: Exception | None = None
     waiting: int = field(default=0, init=False)  # crops that were read and are not with the writer yet
@@ -251,6 +253,7 @@ class Machine:
             else:
                 job.waiting -= len(rows[1])
                 self._put(self._to_write, (job, rows))
+                job.encoded(rows[1])
             self._end(job)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -157,12 +157,14 @@ class _Run:
         calm = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
         tasks = self._tasks(samples)
         looking = tqdm(total=len(samples), desc="look", unit="video", mininterval=calm, delay=1, leave=False)
+        done: set[int] = set()  # the id() of samples with nothing to do
         with looking as bar:
             for task in tasks:
                 bar.update()
                 if task.making:
                     break
                 self._finish(task)
+                done.add(id(task.outcome.sample))
                 self._remember()
             else:
                 return
@@ -170,9 +172,7 @@ class _Run:
         readers = max(1, min(_MOST_READERS, (os.cpu_count() or 2) // 2, len(samples)))
         machine = Machine(readers, busy)
         self._wait = machine.wait
-        with Progress(
-            [s for s in samples if id(s) not in {id(o.sample) for o in self._outcomes}], calm
-        ) as progress:
+        with Progress([s for s in samples if id(s) not in done], calm) as progress:
             jobs = self._jobs(chain([task], tasks), machine, busy, progress)
             finished = machine.run(
                 jobs, lambda task: self._answer(task, progress), lambda: self._tick(progress)
@@ -292,7 +292,14 @@ class _Run:
 
             return making.read(start, machine.watched, told, busy, self._turns)
 
-        return Job(read, {name: self._encoders[name] for name in making.eaters}, task)
+        done = 0
+
+        def encoded(rows: np.ndarray) -> None:
+            nonlocal done
+            told(int(rows[-1]) + 1 - done)
+            done = int(rows[-1]) + 1
+
+        return Job(read, {name: self._encoders[name] for name in making.eaters}, task, encoded)
 
     def _answer(self, task: _Task, progress: Progress) -> None:
         """In the main thread: a sample with nothing to do is done; else its encoders' canaries, before any decoding."""
