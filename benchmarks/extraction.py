@@ -16,7 +16,7 @@ from .race import Contender, Result, Target, race
 
 @dataclass(frozen=True)
 class Sizes:
-    """videos folders of `frames` crops; the memory is measured of videos of these lengths, at this height."""
+    """videos folders of `frames` crops; the memory is measured of videos of these lengths, height and frame rate."""
 
     model: str
     videos: int
@@ -24,10 +24,11 @@ class Sizes:
     rounds: int
     lengths_s: tuple[float, float]
     height: int
+    rate_hz: int
 
 
-FULL = Sizes("vit_base_patch16_224.mae", 6, 32, 5, (120.0, 7200.0), 1080)
-SMALL = Sizes("test_vit", 3, 10, 3, (1.0, 4.0), 144)
+FULL = Sizes("vit_base_patch16_224.mae", 6, 32, 5, (120.0, 7200.0), 1080, 5)
+SMALL = Sizes("test_vit", 3, 10, 3, (1.0, 4.0), 144, 25)
 
 
 def races(folder: Path, sizes: Sizes) -> Iterator[Result]:
@@ -116,14 +117,14 @@ def _crops(data: Path, sizes: Sizes) -> None:
             cv2.imwrite(str(folder / f"{number:05}.jpg"), soft)
 
 
-def _weights(path: Path, model: str) -> None:
+def _weights(path: Path, model: str, size: int = 224) -> None:
     import torch
     from vacli.extract.mae import build_vit
     from vacli.extract.weights import save
 
     torch.manual_seed(0)
-    about = {"model": model, "size": 224, "mean": [0.5] * 3, "std": [0.25] * 3, "licence": None}
-    save(build_vit(model, 224).state_dict(), about, path)
+    about = {"model": model, "size": size, "mean": [0.5] * 3, "std": [0.25] * 3, "licence": None}
+    save(build_vit(model, size).state_dict(), about, path)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
@@ -156,23 +157,23 @@ print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic
 def memory(folder: Path, sizes: Sizes) -> str:
     """A Markdown section: the most memory that the extraction of a short and of a long video takes."""
     weights = folder / "tiny.safetensors"
-    _weights(weights, "test_vit")
+    _weights(weights, "test_vit", 64)
     rows = []
     for length_s in sizes.lengths_s:
         place = folder / f"{length_s:g}s"
         place.mkdir()
-        _looped(place / "video.mp4", length_s, sizes.height)
+        _looped(place / "video.mp4", length_s, sizes.height, sizes.rate_hz)
         words = [sys.executable, "-c", RUN, str(place), str(folder / f"{length_s:g}.zarr"), str(weights)]
-        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        told = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
         rows.append((length_s, int(told[0]), int(told[1]) / 1024, float(told[2])))
         (place / "video.mp4").unlink()
     more = rows[-1][2] / rows[0][2] - 1
     lines = [
         "## Memory",
         "",
-        f"One {sizes.height}p video (H.264, 25 frames/s, with sound), everything computed anew: people, faces, a small "
-        "ViT and log-mel. The detector is a stand-in that always finds one face: all else is the real run. The most "
-        "memory the process ever had (`ru_maxrss`, which counts torch and all libraries).",
+        f"One {sizes.height}p video (H.264, {sizes.rate_hz} frames/s, with sound), everything computed anew: people, "
+        "faces, a small ViT and log-mel. The detector is a stand-in that always finds one face: all else is real. The "
+        "most memory the process ever had (`ru_maxrss`, which counts torch and all libraries).",
         "",
         "| length | frames | memory | time |",
         "|--:|--:|--:|--:|",
@@ -183,11 +184,11 @@ def memory(folder: Path, sizes: Sizes) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _looped(path: Path, length_s: float, height: int) -> None:
+def _looped(path: Path, length_s: float, height: int, rate: int) -> None:
     """A video as long as wished, made of the packets of a few seconds of it over and over."""
     import av
 
-    rate, seconds, width = 25, 1, height * 16 // 9 // 2 * 2
+    seconds, width = 1, height * 16 // 9 // 2 * 2
     short = path.with_name("short.mp4")
     y, x = np.mgrid[:height, :width]
     with av.open(str(short), "w") as out:

@@ -17,8 +17,10 @@ import h5py
 import numpy as np
 import zarr
 from vacli.extract.datasets import find
+from vacli.extract.encoder import make_encoders
+from vacli.extract.people import People
 from vacli.extract.plan import Plan
-from vacli.extract.run import Outcome, extract, make_encoders
+from vacli.extract.run import Outcome, extract
 from vacli.store import Store, Track, keeper
 
 from .race import Contender, Result, Target, race
@@ -64,7 +66,8 @@ def races(folder: Path, sizes: Sizes) -> Iterator[Result]:
 
 
 class Named:
-    """A complete store of many videos of four small tracks each, and a copy of it with zarr's consolidated metadata.
+    """A complete store of many videos of four small tracks each (people, faces, mae, labels), and a copy of it with
+    zarr's consolidated metadata.
 
     wanted: recipe and medium of every track, as stage one plans them for videos that are files of a few bytes.
     """
@@ -83,7 +86,7 @@ class Named:
             mock.patch.object(os, "fsync"),
             mock.patch("vacli.store.recipe._RACY_NS", 0),
         ):
-            plan, known = Plan(self.encoders(self.store)), self.store.fingerprints
+            plan, known = Plan(self.encoders(self.store), People()), self.store.fingerprints
             for sample in find(self.source):
                 for one in plan.tracks(sample, sample.media(known), known).values():
                     self.wanted.append((one.recipe, one.media))
@@ -99,7 +102,7 @@ class Named:
 
     def encoders(self, store: Store) -> dict[str, Any]:
         options = {"mae": {"weights": str(self.weights), "dtype": "float32"}}
-        return make_encoders(["mae", "logmel"], options, store.fingerprints)
+        return make_encoders(["mae"], options, store.fingerprints)
 
     def extract(self) -> list[Outcome]:
         """All that `vacli extract` does, from the folder of the videos on."""

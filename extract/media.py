@@ -12,17 +12,25 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from .. import VacliError
 from . import SUFFIXES as SUFFIXES
 
 WANTED = "wanted mp4, mov, mkv, webm, avi or mpg"
 MAX_PIXELS = 8192 * 8192  # a picture larger than this is an attack or an accident
-BATCH_BYTES = 128 * 2**20  # a batch of large pictures is cut short here
+# A batch of large pictures is cut short here: 8 of 1280x720. What takes 32 MiB glibc's malloc fetches from the system
+# each time anew, and to touch such memory for the first time can take longer than to decode the picture.
+BATCH_BYTES = 22 * 2**20
 NUDGE_S = 1e-6  # a frame that is not later than the one before is put this far behind it
 SLIP_S = 0.02  # sound nearer to its due time is timestamp jitter (Matroska rounds to 1 ms); farther, a hole or overlap
 CUT_S = 0.1  # a file that ends this much before its header's promise was cut off
 HOLE_SAMPLES = 2**16  # holes in the sound are filled by blocks of this many zeros
+# Pixel formats of which libswscale makes each RGB pixel of that pixel's own samples alone, if both sides are even, so
+# that a part of the picture can be converted by itself. Of 10 bits and odd sides it interpolates the chroma.
+LOCAL_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
+BLOCK_PX = 16  # such parts begin at multiples of this: at whole samples of chroma, at whole vectors
+STEP_PX = 64  # their sides are multiples of this, if there is room: libswscale begins anew for each size
 
 # Names of containers in libavformat. Playlists (hls, concat) and image sequences are not among them, and only local
 # files may be opened, so a file in a data set cannot make us read another one.
@@ -54,13 +62,61 @@ class Streams:
     height: int
 
 
+class Picture:
+    """One frame as a player shows it, square pixels and turned upright, of which RGB is made only when asked for.
+
+    time_s: seconds from the start of the video. shape: (H, W) in pixels.
+    """
+
+    def __init__(self, frame: Any, width: int, time_s: float, converter: _Converter) -> None:
+        self._frame, self._width, self.time_s, self._converter = frame, width, time_s, converter
+        self._turns = round(frame.rotation / 90)  # both count degrees counterclockwise
+        self.shape = (width, frame.height) if self._turns % 2 else (frame.height, width)
+
+    def rgb(self) -> np.ndarray:
+        """(H, W, 3) uint8, not to be written to.
+
+        libswscale heeds the colour matrix and range; with PyAV 18 it is also 2-5x faster than cv2.cvtColor.
+        """
+        return np.rot90(self._converter.rgb(self._frame, self._width), self._turns)
+
+    def rgb_within(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """(H, W, 3) uint8 that is the same as `rgb` inside the box and anything outside.
+
+        box: x0, y0, x1, y1 in pixels, the last ones excluded; it may leave the picture. A small box costs a fraction of
+        the whole. The array is overwritten by the next call for any picture of the same pass over the video.
+        """
+        if not self._is_local():
+            return self.rgb()
+        (x0, y0, x1, y1), (height, width) = box, self.shape
+        for _ in range(self._turns % 4):  # back to the frame as it is stored, one quarter turn at a time
+            x0, y0, x1, y1 = height - y1, x0, height - y0, x1
+            height, width = width, height
+        columns, rows = _span(x0, x1, width), _span(y0, y1, height)
+        upright, stored = self._converter.canvas(self.shape, self._turns)
+        if columns and rows:
+            stored[rows, columns] = self._converter.part(self._frame, columns, rows)
+        return upright
+
+    def _is_local(self) -> bool:
+        """Whether a part of the frame gives the same RGB as that part of the whole."""
+        frame = self._frame
+        return (
+            frame.format.name in LOCAL_FORMATS
+            and self._width == frame.width
+            and frame.width % 2 == frame.height % 2 == 0
+            and not frame.interlaced_frame  # whose chroma lines alternate between two fields
+            and all(plane.line_size > 0 for plane in frame.planes)
+        )
+
+
 class Video:
     """One video file; t = 0 is the earliest start of its pictures and its sound.
 
-    Making one opens nothing. `check`, `frames` and `sound` each open the file afresh and read it once from its
-    beginning. They raise MediaError for what is no video of a known container; the first two also for one that has no
-    pictures or has some of more than 8192x8192 pixels. What may pass (the disk fails, memory is short) is a plain
-    VacliError.
+    Making one opens nothing. `check`, `pictures`, `frames`, `times` and `sound` each open the file afresh and read it
+    once from its beginning. They raise MediaError for what is no video of a known container; all but the last also for
+    one that has no pictures or has some of more than 8192x8192 pixels. What may pass (the disk fails, memory is short)
+    is a plain VacliError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -83,40 +139,40 @@ class Video:
             if first is None:
                 why = "no picture could be decoded; wanted a whole video; copy it again or leave it out"
                 raise MediaError(self.path, why)
-            height, width = self._seen(first, stream).shape[:2]
+            height, width = self._picture(first, stream, 0.0, _Converter()).rgb().shape[:2]
             rate_hz = float(stream.average_rate) if stream.average_rate else None
             hint = stream.frames or round((container.duration or 0) / 1e6 * (rate_hz or 0))
             return Streams(self._audio(container) is not None, rate_hz, hint or None, width, height)
 
-    def frames(self, batch: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every frame that decodes, in order: rgb (B, H, W, 3) uint8 and times_s (B,) float64, strictly increasing.
-
-        Rotation and non-square pixels are applied. B is at most `batch`; less where the size of the frames changes,
-        where the frames are large (128 MiB a batch) and at the end. The arrays belong to the caller.
-        """
+    def pictures(self) -> Iterator[Picture]:
+        """Every frame that decodes, in order, at strictly increasing times; of RGB only what is asked for is made."""
         with self._open() as container:
             stream = self._pictures(container)
-            clock = _Clock(_start_s(container), stream.average_rate)
-            rgb, times_s, filled = np.empty((0, 0, 0, 3), np.uint8), np.empty(0), 0
+            clock, converter = _Clock(_start_s(container), stream.average_rate), _Converter()
             for frame, stamp in self._decode(container, stream, "pictures"):
-                picture = self._seen(frame, stream)
-                if filled == len(rgb) or picture.shape != rgb.shape[1:]:
-                    if filled:
-                        yield rgb[:filled], times_s[:filled]
-                    room = max(1, min(batch, BATCH_BYTES // picture.nbytes))
-                    rgb, times_s, filled = np.empty((room, *picture.shape), np.uint8), np.empty(room), 0
-                rgb[filled], times_s[filled] = picture, clock(stamp, stream.time_base)
-                filled += 1
-            if filled:
-                yield rgb[:filled], times_s[:filled]
+                yield self._picture(frame, stream, clock(stamp, stream.time_base), converter)
+
+    def frames(self, batch: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The RGB of every frame, in order: rgb (B, H, W, 3) uint8 and times_s (B,) float64, strictly increasing.
+
+        Rotation and non-square pixels are applied. B is at most `batch`; less where the size of the frames changes,
+        where the frames are large (22 MiB a batch) and at the end. The arrays belong to the caller.
+        """
+        held: list[Picture] = []
+        room = batch
+        with self._telling():
+            for picture in self.pictures():
+                if held and (len(held) == room or picture.shape != held[0].shape):
+                    yield _made(held)
+                    held = []
+                room = max(1, min(batch, BATCH_BYTES // (3 * picture.shape[0] * picture.shape[1])))
+                held.append(picture)
+            if held:
+                yield _made(held)
 
     def times(self) -> Iterator[float]:
         """The time of every frame in seconds, as `frames` has them, without making pictures of them."""
-        with self._open() as container:
-            stream = self._pictures(container)
-            clock = _Clock(_start_s(container), stream.average_rate)
-            for _, stamp in self._decode(container, stream, "pictures"):
-                yield clock(stamp, stream.time_base)
+        return (picture.time_s for picture in self.pictures())
 
     def sound(self, rate_hz: int = 16000) -> Iterator[np.ndarray]:
         """The sound as contiguous blocks (S,) float32: the mean of the channels at `rate_hz`, first sample at t = 0.
@@ -155,9 +211,14 @@ class Video:
             if isinstance(e, OSError | MemoryError | LookupError):
                 raise VacliError(f"{self.path}: {why}") from e
             raise MediaError(self.path, why) from e
+        with self._telling(), container:
+            yield container
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What the machine is to blame for, told in one line."""
         try:
-            with container:
-                yield container
+            yield
         except (OSError, MemoryError) as e:
             why = getattr(e, "strerror", None) or "out of memory"
             raise VacliError(f"{self.path}: cannot be read to its end ({why}); run again") from e
@@ -188,16 +249,10 @@ class Video:
                 self.path, f"pictures of {width}x{height}; wanted at most 8192x8192; scale it down"
             )
 
-    def _seen(self, frame: Any, stream: Any) -> np.ndarray:
-        """(H, W, 3) uint8 RGB as a player shows it: square pixels, turned upright.
-
-        libswscale heeds the colour matrix and range; with PyAV 18 it is also 2-5x faster than cv2.cvtColor.
-        """
-        aspect = stream.sample_aspect_ratio or 1
-        width = max(1, round(frame.width * aspect))
+    def _picture(self, frame: Any, stream: Any, time_s: float, converter: _Converter) -> Picture:
+        width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
         self._refuse_huge(width, frame.height)
-        rgb = frame.to_ndarray(format="rgb24", width=width, height=frame.height)
-        return np.rot90(rgb, round(frame.rotation / 90))  # both count degrees counterclockwise
+        return Picture(frame, width, time_s, converter)
 
     def _decode(self, container: Any, stream: Any, kind: str) -> Iterator[tuple[Any, int | None]]:
         """Each frame of the stream and its presentation stamp; what was lost is noted once the end is reached."""
@@ -232,6 +287,67 @@ class Video:
             lost.append(f"cut off after {count} frames, at {end_s:.2f} s of {promised_s:.2f} s")
         if lost:
             self._damage[kind] = ", ".join(lost)
+
+
+def _made(pictures: list[Picture]) -> tuple[np.ndarray, np.ndarray]:
+    """rgb (B, H, W, 3) uint8 and times_s (B,) float64 of pictures of one shape."""
+    rgb = np.empty((len(pictures), *pictures[0].shape, 3), np.uint8)
+    for own, picture in zip(rgb, pictures, strict=True):
+        own[:] = picture.rgb()
+    return rgb, np.array([picture.time_s for picture in pictures])
+
+
+class _Converter:
+    """What the pictures of one pass share, so that it is not made anew for each: libswscale's state and memory."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+        nothing = np.empty((0, 0, 3), np.uint8)
+        self._canvas: tuple[Any, Any, tuple[np.ndarray, np.ndarray]] = None, None, (nothing, nothing)
+        self._part: tuple[Any, Any, list[np.ndarray]] = None, None, []
+
+    def rgb(self, frame: Any, width: int) -> np.ndarray:
+        """(H, width, 3) uint8 of a frame, as it is stored."""
+        return self._reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray()
+
+    def canvas(self, shape: tuple[int, int], turns: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, 3) uint8 upright, and the same memory seen as the frame is stored; the same for the same arguments."""
+        if self._canvas[:2] != (shape, turns):
+            upright = np.zeros((*shape, 3), np.uint8)
+            self._canvas = shape, turns, (upright, np.rot90(upright, -turns))
+        return self._canvas[2]
+
+    def part(self, frame: Any, columns: slice, rows: slice) -> np.ndarray:
+        """(h, w, 3) uint8 of a part of a frame of LOCAL_FORMATS."""
+        kind = frame.format.name, columns.stop - columns.start, rows.stop - rows.start
+        if self._part[0] != kind:
+            part = av.VideoFrame(kind[1], kind[2], kind[0])
+            self._part = kind, part, [_samples(p, 0, 0, (p.height, p.width)) for p in part.planes]
+        _, part, planes = self._part
+        part.colorspace, part.color_range = frame.colorspace, frame.color_range
+        for whole, own in zip(frame.planes, planes, strict=True):
+            x, y = columns.start * whole.width // frame.width, rows.start * whole.height // frame.height
+            own[:] = _samples(whole, x, y, own.shape)
+        return self.rgb(part, kind[1])
+
+
+def _samples(plane: Any, x: int, y: int, shape: tuple[int, ...]) -> np.ndarray:
+    """(h, w) uint8: a part of a plane's own memory."""
+    assert y + shape[0] <= plane.height
+    assert x + shape[1] <= plane.width
+    return np.ndarray(shape, np.uint8, plane, y * plane.line_size + x, (plane.line_size, 1))
+
+
+def _span(low: int, high: int, size: int) -> slice | None:
+    """What to convert of a side of `size` pixels to have those from low to high; None for nothing."""
+    if low >= size or high <= 0 or low >= high:
+        return None
+    low, high = max(low, 0), min(high, size)
+    start = low // BLOCK_PX * BLOCK_PX
+    length = -(-(high - low + BLOCK_PX - 1) // STEP_PX) * STEP_PX  # enough wherever in its block it begins
+    if start + length <= size:
+        return slice(start, start + length)
+    return slice(max(0, -(-(size - length) // BLOCK_PX) * BLOCK_PX), size)
 
 
 class _Clock:

@@ -52,6 +52,7 @@ def write_video(
     sound_start_s: float = 0.0,
     sound_holes_s: Sequence[tuple[float, float]] = (),  # stretches of `sound` whose packets are left out
     codec: str | None = None,
+    pixel_format: str = "yuv420p",
     pixel_aspect: Fraction | None = None,
     rotation: int | None = None,  # degrees counterclockwise that a player should turn the pictures
     options: dict[str, str] | None = None,  # of the picture encoder
@@ -64,7 +65,7 @@ def write_video(
         if len(frames):
             video = out.add_stream(codec or picture_codec, rate=25, options=options or {})
             video.height, video.width = frames[0].shape[:2]
-            video.pix_fmt = "yuv420p"
+            video.pix_fmt = pixel_format
             if path.suffix not in (".mpg", ".avi"):  # those know only constant rates
                 video.codec_context.time_base = CLOCK
             if pixel_aspect is not None:

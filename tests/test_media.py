@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from fractions import Fraction
@@ -18,6 +19,7 @@ from .media_files import CODECS, clicks, pictures, write_video
 
 MILLISECOND = 1e-3
 RED, BLUE = (200, 20, 20), (20, 20, 200)
+UNEVEN_S = [0.0, 0.033, 0.05, 0.3, 0.302, 0.9, 1.0, 1.01, 1.05, 1.5]
 
 
 def everything(video: Video, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -60,9 +62,8 @@ def test_every_container_gives_all_its_frames_and_its_sound(suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm"])
 def test_frames_keep_their_own_times(suffix, tmp_path):
-    times_s = [0.0, 0.033, 0.05, 0.3, 0.302, 0.9, 1.0]
-    _, got = everything(Video(write_video(tmp_path / f"v{suffix}", pictures(7), times_s)))
-    np.testing.assert_allclose(got, times_s, atol=MILLISECOND / 2)
+    _, got = everything(Video(write_video(tmp_path / f"v{suffix}", pictures(10), UNEVEN_S)))
+    np.testing.assert_allclose(got, UNEVEN_S, atol=MILLISECOND / 2)
 
 
 def test_a_video_that_starts_late_starts_at_zero(tmp_path):
@@ -106,6 +107,19 @@ def test_batches_are_cut_at_their_length_and_never_reordered(tmp_path):
     lengths = [len(times_s) for _, times_s in Video(path).frames(batch=4)]
     assert lengths == [4, 4, 2]
     assert np.array_equal(everything(Video(path), 3)[0], everything(Video(path), 32)[0])
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_pictures_are_the_frames_before_they_are_made(rotation, tmp_path):
+    path = write_video(
+        tmp_path / "a.mov", pictures(10), pixel_aspect=Fraction(4, 3), rotation=rotation, times_s=UNEVEN_S
+    )
+    rgb, times_s = everything(Video(path))
+    seen = list(Video(path).pictures())
+    assert all(picture.shape == rgb.shape[1:3] for picture in seen)
+    assert np.array_equal(np.stack([picture.rgb() for picture in seen]), rgb)
+    assert np.array_equal([picture.time_s for picture in seen], times_s)
+    assert np.array_equal(list(Video(path).times()), times_s)
 
 
 def test_large_frames_make_small_batches(tmp_path, monkeypatch):
@@ -342,6 +356,23 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         return held
 
     assert peak(600) < 1.2 * peak(100)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_the_process_does_not_grow_with_the_frames_it_has_read(tmp_path):
+    """What libav holds too, of which tracemalloc knows nothing."""
+    path = write_video(tmp_path / "a.mov", pictures(1, 144, 176) * 1500)
+    frame_bytes = 144 * 176 * 3 // 2
+
+    def read() -> int:
+        for _ in Video(path).frames():
+            pass
+        for picture in Video(path).pictures():
+            picture.rgb_within((20, 20, 60, 60))
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = read()
+    assert read() - before < 0.1 * 3000 * frame_bytes
 
 
 @pytest.mark.parametrize(
