@@ -170,6 +170,46 @@ def extract(
 @main.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("weights/mae-faces.safetensors"), show_default=True
+)
+@STORE
+@click.option("--model", help="A timm ViT; by default the one of the weights, else the MAE ViT-L/16.")
+@click.option("--weights", help="Where to start; looked for as by `vacli extract` if absent.")
+@click.option("--from-scratch", is_flag=True, help="Start from random weights.")
+@click.option("--size", type=int, help="Input pixels (with --from-scratch).")
+@click.option("--frames-per-video", default=300, show_default=True, help="Evenly spaced faces of each video.")
+@click.option("--batch", default=256, show_default=True, help="Crops of a batch, over all GPUs.")
+@click.option("--epochs", default=100, show_default=True)
+@click.option(
+    "--lr", type=float, help="Learning rate.  [default: 1.5e-4 for 256 crops a batch; from scratch 2e-3]"
+)
+@click.option("--mask", default=0.75, show_default=True, help="Share of the patches that is hidden.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What to compute in.  [default: bfloat16 on a GPU, else float32]",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True)
+@click.option("--note", help="A warning that travels with the weights, shown wherever they are used.")
+def pretrain(data: Path, out: Path, store: str, **how: Any) -> None:
+    """Train a masked autoencoder on the faces in DATA, without labels; tune the result with `vacli finetune --weights`.
+
+    Stopped, the same command goes on. Several GPUs: torchrun --nproc-per-node 4 --no-python vacli pretrain ...
+    """
+    from .extract.datasets import find
+    from .extract.pretrain import pretrain as run
+    from .store import Store
+
+    figures = run(find(data), Store(store, create=True), out, **how)
+    if os.environ.get("RANK", "0") == "0":  # one of the processes of torchrun speaks
+        click.echo(
+            f"{out}: loss of held-out faces {figures['loss']:.3f} (1: no better than each patch's mean); "
+            f"tune it with vacli finetune --weights {out}"
+        )
+
+
+@main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
     "--out", type=click.Path(path_type=Path), default=Path("weights/mae-tuned.safetensors"), show_default=True
 )
 @STORE
@@ -456,6 +496,9 @@ def _told_when_stopped(samples: list[Sample], store: str) -> Iterator[list[Outco
         yield outcomes
     except (KeyboardInterrupt, VacliError):
         whole = {o.sample.id for o in outcomes if o.complete}
+        if any(s.person == "all" for s in samples):
+            click.echo(f"\n{len(whole)} people are whole in {store}", err=True)
+            raise
         left = [s.id for s in samples if s.id not in whole]
         more = f" and {len(left) - 20} more" if len(left) > 20 else ""
         click.echo(

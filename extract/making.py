@@ -15,7 +15,7 @@ from ..store import Store, Track
 from ..store.labels import read_va
 from .crops import Crops, aligned
 from .datasets import Sample
-from .pipeline import Busy, Rows, ahead
+from .pipeline import Busy, Rows, Stopped, ahead
 from .plan import Wanted
 
 _PIECE_ROWS = 1024  # written at once: a long stretch without a face takes no memory
@@ -47,6 +47,7 @@ class Making:
         self._hearers = {n: w for n, w in missing.items() if w.eats == "sound"}
         self.passes = ("people" in missing) + bool(self.eaters) or 1
         self.notes: dict[str, Notes] = {}  # of the tracks stored so far
+        self.error: Exception | None = None  # of a track that others do not wait for
         self.frames: int | None = None  # of the video, once it is known
 
     def read(
@@ -79,11 +80,12 @@ class Making:
                     yield from itertools.chain(first, crops)
             if "label.va" in self.missing:
                 assert self.sample.annotation is not None
-                self._put("label.va", read_va(self.sample.annotation, times_s), notes)
+                with self._apart():
+                    self._put("label.va", read_va(self.sample.annotation, times_s), notes)
         else:
             times_s = np.empty(0)
         for name, wanted in self._hearers.items():
-            with turns[id(wanted.maker)], self._burying([name]):
+            with self._apart(), turns[id(wanted.maker)], self._burying([name]):
                 self._hear(name, times_s, watch, busy)
 
     # ---- what one thread makes alone -------------------------------------------------------------------------
@@ -211,6 +213,18 @@ class Making:
         """What was read while it was being written is of no medium that has a name."""
         if self.sample.media(self._store.fingerprints) != self.media:
             raise VacliError(f"{self.sample.source}: it changed while it was read; run again")
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What goes wrong with one track is told at the end; the others are kept."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as e:
+            if getattr(e, "fatal", False):
+                raise
+            self.error = self.error or e
 
     @contextlib.contextmanager
     def _burying(self, names: Iterable[str]) -> Iterator[None]:

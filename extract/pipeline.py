@@ -314,7 +314,8 @@ class Machine:
                     if getattr(e, "fatal", False):
                         self._events.put(("fatal", e, None))
                 if rows is None:
-                    job.let_go()
+                    with contextlib.suppress(OSError):  # it is nothing already
+                        job.let_go()
                     self._events.put(("done", job, None))
 
     def _put(self, where: queue.Queue, what: Any) -> None:
@@ -348,8 +349,16 @@ class Batches:
 
     def add(self, job: Job, crops: np.ndarray, rows: np.ndarray) -> Iterator[tuple[Job, Rows | Exception]]:
         """Takes crops (n, H, W, 3); gives what the batches that are full now were encoded to."""
-        job.waiting += len(rows)
         key = (crops.shape[1:], tuple(job.encoders))
+        for (
+            size,
+            others,
+        ) in self._waiting.items():  # its rows go to the writer in order, so those before first
+            while size != key and any(p[0] is job for p in others):
+                yield from self._encode(_taken(others, BATCH))
+        if job.error:
+            return
+        job.waiting += len(rows)
         pieces = self._waiting.setdefault(key, [])
         pieces.append((job, crops, rows))
         while sum(len(p[2]) for p in pieces) >= BATCH:

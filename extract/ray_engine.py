@@ -69,11 +69,15 @@ def extract_with_ray(
                 bar.update(looked_at)
                 if fatal:
                     raise _Fatal(fatal)
+    except ray.exceptions.RayError as e:
+        raise _Fatal(
+            f"a worker of Ray was lost ({str(e).splitlines()[0]}); run again: what is stored is kept"
+        ) from e
     finally:
         ray.shutdown()
     tell(f"{count} workers of Ray")
-    turn = {s.id: n for n, s in enumerate(samples)}
-    outcomes.sort(key=lambda o: (turn.get(o.sample.id, len(turn)), o.sample.id))
+    turn = {(s.video or s.crops): n for n, s in enumerate(map(_absolute, samples))}
+    outcomes.sort(key=lambda o: (turn[o.sample.video or o.sample.crops], o.sample.id))
     return outcomes
 
 
@@ -125,6 +129,7 @@ def _absolute(sample: Sample) -> Sample:
 def _ray() -> Any:
     try:
         import ray
+        import ray.exceptions
         import ray.util
     except ImportError as e:
         raise VacliError(

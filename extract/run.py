@@ -179,7 +179,7 @@ class _Run:
             )
             try:
                 for job in finished:
-                    self._finish(job.about, job.error)
+                    self._finish(job.about, job.error or job.about.making.error)
                     progress.done(job.about.outcome.sample, job.about.making.frames)
             finally:
                 finished.close()
@@ -197,7 +197,7 @@ class _Run:
                 yield task
             else:
                 at_others.append(sample)
-        while at_others or self._people or self._everybody:
+        while at_others or self._everybody or self._people:  # they are put there before it goes
             at_others.extend(self._people.popleft() for _ in range(len(self._people)))
             for _ in range(len(at_others)):
                 sample = at_others.popleft()
@@ -216,7 +216,7 @@ class _Run:
             outcome.media = sample.media(self._store.fingerprints)
             outcome.tracks = self._plan.tracks(sample, outcome.media, self._store.fingerprints)
             if self._missing(task):
-                unclaim = self._store.claim(outcome.media)
+                unclaim = self._claim(task)
                 if unclaim is None:
                     return None
                 if missing := self._missing(task):  # now that nobody else is at it
@@ -237,6 +237,17 @@ class _Run:
         if task.making and sample.person == EVERYBODY:
             self._everybody.add(id(sample))
         return task
+
+    def _claim(self, task: _Task) -> Callable[[], None] | None:
+        """Its pictures, and the sound that other samples may share."""
+        with contextlib.ExitStack() as claims:
+            wanted = task.outcome.tracks.values()
+            for media in dict.fromkeys([task.outcome.media, *(w.media for w in wanted if w.eats == "sound")]):
+                unclaim = self._store.claim(media)
+                if unclaim is None:
+                    return None
+                claims.callback(unclaim)
+            return claims.pop_all().close
 
     def _missing(self, task: _Task) -> dict[str, Wanted]:
         """Tracks to be made; what is there goes into the task."""

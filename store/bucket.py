@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,19 +253,23 @@ class Shelves:
     def __init__(self, bucket: Bucket, cached: Callable[[str], bytes]) -> None:
         self._bucket, self._cached = bucket, cached
         self._shelves: dict[str, _Shelf] = {}
+        self._one = (
+            threading.RLock()
+        )  # a listing under way must not hide what another thread stores meanwhile
         self._texts: dict[str, tuple[str, bytes]] = {}  # with the stamp they were read under
 
     def entries(self, folder: str, age_s: float = _THERE_S) -> dict[str, dict[str, Object]]:
         """The objects of each entry of a folder, listed at most so long ago."""
-        shelf, now_s = self._shelves.get(folder), time.monotonic()
-        if shelf is None or now_s - shelf.listed_s >= age_s:
-            shelf = _Shelf({}, now_s)
-            for path, listed in self._bucket.listing(folder).items():
-                name, mark, inside = path.removeprefix(f"{folder}/").partition("/")
-                if mark:
-                    shelf.entries.setdefault(name, {})[inside] = listed
-            self._shelves[folder] = shelf
-        return shelf.entries
+        with self._one:
+            shelf, now_s = self._shelves.get(folder), time.monotonic()
+            if shelf is None or now_s - shelf.listed_s >= age_s:
+                shelf = _Shelf({}, now_s)
+                for path, listed in self._bucket.listing(folder).items():
+                    name, mark, inside = path.removeprefix(f"{folder}/").partition("/")
+                    if mark:
+                        shelf.entries.setdefault(name, {})[inside] = listed
+                self._shelves[folder] = shelf
+            return shelf.entries
 
     def objects(self, path: str) -> dict[str, Object]:
         """The objects of an entry. Raises FileNotFoundError if it has no record."""
@@ -278,9 +283,16 @@ class Shelves:
     def look(self, path: str) -> dict[str, Object]:
         """The objects of an entry, listed now."""
         folder, _, name = path.partition("/")
-        found = {p.removeprefix(f"{path}/"): o for p, o in self._bucket.listing(path).items()}
-        self.entries(folder)[name] = found
+        with self._one:
+            found = {p.removeprefix(f"{path}/"): o for p, o in self._bucket.listing(path).items()}
+            self.entries(folder)[name] = found
         return found
+
+    def age(self) -> None:
+        """What was not there when it was last listed may be by now."""
+        now_s = time.monotonic()
+        for shelf in list(self._shelves.values()):
+            shelf.listed_s = min(shelf.listed_s, now_s - ABSENT_S)
 
     def forget(self, folder: str) -> None:
         self._shelves.pop(folder, None)

@@ -25,7 +25,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,13 @@ class RemotePlace(Place):
         return b""
 
     # ---- entries -------------------------------------------------------------------------------------------
+
+    def claim(self, what: str) -> Callable[[], None] | None:
+        """As on a disk, for the processes of this machine; whoever gets it sees what the one before it has sent."""
+        given = super().claim(what)
+        if given is not None:
+            self._shelves.age()
+        return given
 
     def record(self, name: str) -> dict[str, Any]:
         """The checked record of an entry; the sizes of its objects are those of the listing, which also brings the

@@ -436,3 +436,50 @@ def test_mistakes_are_one_line(words, complaint, toys, crops_only, tmp_path):
     assert told.exit_code == 1
     assert complaint in told.stderr
     assert "Traceback" not in told.output
+
+
+# ---- one track that fails keeps the others -------------------------------------------------------------------
+
+
+def test_a_bad_label_does_not_throw_away_what_was_encoded(toys, crops_only, store):
+    bad = crops_only / "annotations" / "Train_Set" / "p0.txt"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("valence,arousal\n" + "0.1,0.1\n" * 7 + "1.5,0\n" * 13)
+    first = go(find(crops_only), store, "crowd_toys:Mean")["p0"]
+    assert "1.5" in (first.problem or "")
+    assert first.computed == ["mean"]
+    toys.Mean.calls.clear()
+    again = go(find(crops_only), store, "crowd_toys:Mean")["p0"]
+    assert "1.5" in (again.problem or "")
+    assert toys.Mean.calls == []
+    bad.write_text("valence,arousal\n" + "0.1,0.1\n" * 20)
+    assert go(find(crops_only), store, "crowd_toys:Mean")["p0"].computed == ["label.va"]
+
+
+def test_crops_of_several_sizes_in_one_folder_keep_their_rows(toys, crops_only, store):
+    folder = crops_only / "cropped_aligned" / "p0"
+    for number in (2, 5, 6, 15):
+        cv2.imwrite(str(folder / f"{number:05}.jpg"), np.full((50, 60, 3), 10 * number, np.uint8))
+    done = go(find(crops_only), store, "crowd_toys:Mean")["p0"]
+    assert done.problem is None
+    wanted = done.tracks["mean"]
+    values = store.get(wanted.recipe, wanted.media).values
+    for number in (2, 5, 6, 15):
+        np.testing.assert_allclose(values[number - 1], 10 * number, atol=1)
+    assert np.isfinite(values[:, 0]).sum() == 18
+
+
+def test_the_sound_of_two_people_in_one_video_is_heard_once(toys, store, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_video(tmp_path / "data" / "7.mkv", pictures(5), sound=clicks(0.3, [0.1]))
+    for side in ("left", "right"):
+        folder = tmp_path / "data" / "cropped_aligned" / f"7_{side}"
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(folder / "00001.jpg"), np.full((112, 112, 3), 90, np.uint8))
+    heard: list[int] = []
+    listen = toys.Ticks.__call__
+    monkeypatch.setattr(toys.Ticks, "__call__", lambda *a: heard.append(1) or listen(*a))
+    done = go(find(tmp_path / "data"), store, "crowd_toys:Ticks", "crowd_toys:Mean")
+    assert all(o.complete for o in done.values())
+    assert len(heard) == 2  # the canary, and once
+    assert sum("ticks" in o.computed for o in done.values()) == 1
