@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every race, and benchmarks/RESULTS.md written anew; --small: a tiny one, only printed."""
+"""`python -m benchmarks [PART ...]`: measures, and writes these parts of RESULTS.md anew; --small: tiny, printed."""
 
 from __future__ import annotations
 
@@ -6,30 +6,74 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from . import report, store
+from . import decoding, extraction, faces, pretraining, report, store
+from .race import Result
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+DATA = (
+    Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+)  # the real clips, where they are lent
+
+
+def _store(folder: Path, small: bool) -> list[Result | str]:
+    note = (
+        "The same bytes in two files can differ by a factor of two by where their pages lie in memory (LOG.md): rows "
+        "that read the chunk files compare with the twin; h5py and .npy have files of their own and compare roughly."
+    )
+    return [note, *store.races(folder, store.SMALL if small else store.FULL)]
+
+
+def _decoding(folder: Path, small: bool) -> list[Result | str]:
+    return [*decoding.races(folder, decoding.SMALL if small else decoding.FULL)]
+
+
+def _extraction(folder: Path, small: bool) -> list[Result | str]:
+    return [*extraction.races(folder, extraction.SMALL if small else extraction.FULL)]
+
+
+def _memory(folder: Path, small: bool) -> list[Result | str]:
+    return [extraction.memory(folder, extraction.SMALL if small else extraction.FULL)]
+
+
+def _faces(folder: Path, small: bool) -> list[Result | str]:
+    if not DATA.is_dir():
+        return [f"## Faces\n\nNot measured: the real clips are not here ({DATA}).\n"]
+    return [faces.results(DATA)]
+
+
+def _pretraining(folder: Path, small: bool) -> list[Result | str]:
+    return [pretraining.results(small)]
+
+
+PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
+    "store": _store,
+    "decoding": _decoding,
+    "extraction": _extraction,
+    "memory": _memory,
+    "faces": _faces,
+    "pretraining": _pretraining,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--small", action="store_true", help="tiny data, a few seconds, RESULTS.md left alone"
-    )
-    small = parser.parse_args().small
-    load_before = os.getloadavg()[0]
-    # TMPDIR= says on which disk; it must be one, not memory, for fsync to cost what it costs
-    with tempfile.TemporaryDirectory(prefix="vacli-benchmarks-") as folder:
-        results = []
-        for result in store.races(Path(folder), store.SMALL if small else store.FULL):
-            print(f"measured: {result.title}", file=sys.stderr)
-            results.append(result)
-        text = report.write(results, Path(folder), load_before)
-    print(text)
-    if not small:
-        RESULTS.write_text(text)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all")
+    parser.add_argument("--small", action="store_true", help="tiny data, RESULTS.md left alone")
+    asked = parser.parse_args()
+    if unknown := set(asked.parts) - PARTS.keys():
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    for part in asked.parts or PARTS:
+        load_before = os.getloadavg()[0]
+        # TMPDIR= says on which disk; it must be one, not memory, for fsync to cost what it costs
+        with tempfile.TemporaryDirectory(prefix="vacli-benchmarks-") as folder:
+            print(f"measuring: {part}", file=sys.stderr)
+            text = report.part(part, PARTS[part](Path(folder), asked.small), Path(folder), load_before)
+        print(text)
+        if not asked.small:
+            RESULTS.write_text(report.replaced(RESULTS.read_text(), part, text, list(PARTS)))
 
 
 if __name__ == "__main__":

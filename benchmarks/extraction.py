@@ -27,7 +27,7 @@ class Sizes:
     rate_hz: int
 
 
-FULL = Sizes("vit_base_patch16_224.mae", 6, 32, 5, (120.0, 7200.0), 1080, 5)
+FULL = Sizes("vit_base_patch16_224.mae", 4, 32, 3, (120.0, 7200.0), 1080, 5)
 SMALL = Sizes("test_vit", 3, 10, 3, (1.0, 4.0), 144, 25)
 
 
