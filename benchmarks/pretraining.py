@@ -23,10 +23,10 @@ SAYS = """\
 A {model} at {size} pixels is tuned on the labelled frames of a few puppet videos: from random weights, and from the
 encoder that `vacli pretrain` made of the crops of all {train} training videos, without their labels ({epochs} epochs;
 the loss of held-out crops is {loss}). Both are tuned whole, on the same frames, with the same {updates} updates, and
-judged alike at their best epoch, by {validation} videos of other people, which the pre-training has not seen. From random
-weights the best of the learning rates {lrs} is shown, chosen by the very mean in the last column; the
-pre-trained start has {lr:g} throughout. Mean and standard deviation over {seeds} seeds, each with other labelled videos, another
-pre-training and another order; CCC frame by frame.
+judged alike at their best epoch, by {validation} videos of other people, which the pre-training has not seen. From
+random weights the best of the learning rates {lrs} is shown, chosen by the very mean in the last
+column; the pre-trained start has {lr:g} throughout. Mean and standard deviation over {seeds} seeds, each with other
+labelled videos, another pre-training and another order; CCC frame by frame.
 
 | labelled videos (frames) | start | learning rate | valence | arousal | mean |
 |--:|---|--:|--:|--:|--:|
