@@ -862,7 +862,7 @@ def test_what_is_no_address_is_refused(url):
 
 def test_a_remote_place_overrides_what_touches_the_store():
     """A method added to Place is looked at here: does it speak of the folder, or of the store?"""
-    local = {"staging", "load_here", "save_here", "hidden", "alone", "replacing", "claim"}
+    local = {"staging", "load_here", "save_here", "hidden", "alone", "replacing"}
     public = {
         n
         for n, what in vars(Place).items()
