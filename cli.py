@@ -15,12 +15,14 @@ import click
 from . import VacliError, __version__
 from .cli_store import STORE
 from .cli_store import store as store_commands
+from .cli_temporal import RUN, RUNS, evaluate, heads, pair, sweep, train
 
 if TYPE_CHECKING:
     from .extract.datasets import Sample
     from .extract.encoder import Encoder
     from .extract.run import Outcome
     from .store import Store
+    from .temporal.folds import Folds
     from .temporal.predict import Run
 
 
@@ -53,7 +55,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-_RUNS = click.option("--runs", default="runs", show_default=True, help="The folder of trained runs.")
 _OPTIONS = click.option(
     "-o", "options", multiple=True, metavar="NAME.KEY=VALUE", help="An encoder's option, as mae.weights=FILE."
 )
@@ -270,72 +271,9 @@ def finetune(data: Path, out: Path, store: str, **how: Any) -> None:
 
 
 @main.command()
-@click.option(
-    "--head", default="mamba", show_default=True, help="A preset (`vacli heads`) or a file my.toml."
-)
-@STORE
-@_RUNS
-@click.option(
-    "--stream",
-    "streams",
-    multiple=True,
-    help="A track instead of the preset's. May be repeated.",
-)
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A key of the preset, as train.epochs=10.",
-)
-@click.option("--name", help="The run's name.  [default: head and a hash of all settings]")
-@click.option("--seed", default=0, show_default=True)
-def train(
-    head: str,
-    store: str,
-    runs: str,
-    streams: tuple[str, ...],
-    changes: tuple[str, ...],
-    name: str | None,
-    seed: int,
-) -> None:
-    """Train a head on the labelled videos of the store. Interrupted, the same command goes on."""
-    from .store import Store
-    from .temporal.model import load_preset
-    from .temporal.train import train as run
-
-    preset = load_preset(head, dict(_pair(c, "--set") for c in changes), list(streams))
-    trained = run(Store(store), preset, runs=runs, name=name, seed=seed, tell=lambda line: click.echo(line))
-    figures = trained.about["figures"]
-    click.echo(
-        f"{trained.path}: validation CCC V {figures['valence']:.3f} A {figures['arousal']:.3f} "
-        f"mean {figures['mean']:.3f}, smoothed over +-{trained.smooth_s[0]} s (V), +-{trained.smooth_s[1]} s (A)"
-    )
-
-
-@main.command()
-@click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
-@_RUNS
-@STORE
-@click.option("--no-smooth", is_flag=True, help="Judge the raw curves.")
-def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool) -> None:
-    """CCC of a trained run on the validation videos: all labelled frames concatenated."""
-    from .store import Store
-    from .temporal.evaluate import evaluate as run
-    from .temporal.predict import open_run
-
-    trained = open_run(run_path, runs)
-    found = run(trained, Store(store), smooth=not no_smooth)
-    click.echo(
-        f"{trained.about['preset']['name']:<10} validation CCC  V {found['valence']:.4f}  A {found['arousal']:.4f}  "
-        f"mean {found['mean']:.4f}   ({found['videos']} videos, {found['frames']} labelled frames; {trained.path})"
-    )
-
-
-@main.command()
 @click.option("--video", required=True, type=click.Path(path_type=Path), help="A video or a folder of them.")
-@click.option("--run", "run_path", help="A run folder, its name, or a head.  [default: the newest]")
-@_RUNS
+@RUN
+@RUNS
 @STORE
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True)
 @click.option("--no-smooth", is_flag=True, help="Write the raw curves.")
@@ -353,14 +291,18 @@ def predict(
     detector: str,
     every: int,
 ) -> None:
-    """Write one CSV per video: frame, time_s, valence, arousal, face; one row per decoded frame."""
+    """Write one CSV per video: frame, time_s, valence, arousal, face; one row per decoded frame.
+
+    With a run of several folds the curves are their mean; valence_std and arousal_std say how far apart they are.
+    """
     from .extract.datasets import find
     from .extract.people import People
     from .extract.run import extract as run_extract
     from .store import Store
-    from .temporal.predict import open_run
+    from .temporal.folds import Folds, open_any
 
-    trained = open_run(run_path, runs)
+    found = open_any(run_path, runs)
+    trained = found.first if isinstance(found, Folds) else found  # whatever features one fold needs, all need
     samples = [replace(sample, annotation=None) for sample in find(video)]  # a curve needs no label
     samples = _of_person(samples, person)
     opened = Store(store, create=True)
@@ -376,27 +318,13 @@ def predict(
             encoders,
             opened,
             link=False,
-            then=lambda outcome: written.append(_write_curve(trained, outcome, opened, out, not no_smooth)),
+            then=lambda outcome: written.append(_write_curve(found, outcome, opened, out, not no_smooth)),
             people=people,
             tell=click.echo,
             outcomes=outcomes,
         )
-    click.echo(f"{len(written)} of {len(outcomes)} curves in {out}/ by {trained.path}")
+    click.echo(f"{len(written)} of {len(outcomes)} curves in {out}/ by {found.path}")
     _summarise(outcomes, store)
-
-
-@main.command()
-@click.argument("name", required=False)
-def heads(name: str | None) -> None:
-    """List the presets, or print the one called NAME."""
-    from .temporal.model import load_preset, preset_names, preset_text
-
-    if name:
-        click.echo(preset_text(name), nl=False)
-        return
-    for known in preset_names():
-        preset = load_preset(known)
-        click.echo(f"{known:<12} streams {', '.join(preset.streams):<14} {preset.source}")
 
 
 @main.command()
@@ -407,24 +335,18 @@ def encoders() -> None:
     click.echo(listing())
 
 
-main.add_command(store_commands)
+for _command in (train, sweep, evaluate, heads, store_commands):
+    main.add_command(_command)
 
 
 # ---- between the commands and the stages ---------------------------------------------------------------------
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise VacliError(f"{option} {text}: wanted KEY=VALUE")
-    return key, value
 
 
 def _by_name(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """-o mae.weights=FILE ... as {"mae": {"weights": "FILE"}}."""
     found: dict[str, dict[str, str]] = {}
     for text in options:
-        key, value = _pair(text, "-o")
+        key, value = pair(text, "-o")
         name, dot, option = key.rpartition(".")
         if not dot:
             raise VacliError(f"-o {text}: wanted NAME.KEY=VALUE, as mae.weights=FILE")
@@ -464,17 +386,23 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
     return made
 
 
-def _write_curve(run: Run, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path:
+def _write_curve(found: Run | Folds, outcome: Outcome, store: Store, out: Path, smooth: bool) -> Path:
     """The CSV of one video, from its stored tracks."""
     from .store.interchange import write_curve_csv
+    from .temporal.folds import Folds
     from .temporal.predict import predict
     from .temporal.windows import Clip
 
+    run = found.first if isinstance(found, Folds) else found
     tracks = {name: store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
     times_s, face = outcome.frames_and_faces(tracks)
-    clip = Clip.on_clock(outcome.sample.id, times_s, tracks, run.dims)
+    clip = Clip.on_clock(outcome.sample.id, times_s, tracks, run.dims, patched=run.patched)
     path = out / f"{outcome.sample.id}.csv"
-    write_curve_csv(path, predict(run, [clip], smooth)[clip.id], face)
+    if isinstance(found, Folds):
+        curves, spreads = found.predict([clip], smooth)
+        write_curve_csv(path, curves[clip.id], face, spreads[clip.id].values)
+    else:
+        write_curve_csv(path, predict(run, [clip], smooth)[clip.id], face)
     return path
 
 

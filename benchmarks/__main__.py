@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import decoding, extraction, faces, pretraining, report, store
+from . import decoding, epoch, extraction, faces, gather, pretraining, report, store
 from .race import Result
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -48,6 +48,14 @@ def _pretraining(folder: Path, small: bool) -> list[Result | str]:
     return [pretraining.results(small)]
 
 
+def _gather(folder: Path, small: bool) -> list[Result | str]:
+    return [*gather.races(folder, gather.SMALL if small else gather.FULL)]
+
+
+def _epoch(folder: Path, small: bool) -> list[Result | str]:
+    return [*epoch.races(epoch.SMALL if small else epoch.FULL)]
+
+
 PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "store": _store,
     "decoding": _decoding,
@@ -55,6 +63,8 @@ PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "memory": _memory,
     "faces": _faces,
     "pretraining": _pretraining,
+    "gather": _gather,
+    "epoch": _epoch,
 }
 
 

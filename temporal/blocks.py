@@ -3,27 +3,30 @@
 Shape legend: B windows, T rows of time, D dims, N states a dim.
 
 The contract of every class in BLOCKS: it is made as `Block(dim_in, **options)`, its `dim` says D', and it is called
-as `block(x, mask)`, where mask (B, T) is True at the valid rows (None: all are). A masked row changes nothing
-elsewhere: whatever it holds, NaN included, the other rows' outputs and all gradients are the same.
+as `block(x, mask, start)`, where mask (B, T) is True at the valid rows (None: all are) and start (B, T) at the first
+row of each video packed into the same line (None: a line is one video). A masked row changes nothing elsewhere:
+whatever it holds, NaN included, the other rows' outputs and all gradients are the same. Nothing passes from one
+packed video to another: each gets what it gets alone. A block that can look both ways does so if not `causal`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
+from .attention import Transformer
+from .lines import hide, reversed_start, videos, with_gaps
 from .scan import selective_scan
+from .ssd import ssd_scan
 
-
-def _hide(x: Tensor, mask: Tensor | None, dim: int = -1) -> Tensor:
-    """x with zeros in the masked rows; `dim` is the one that mask lacks: (B, T, D) unless told."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(dim), 0)
+_ACTS = {"prelu": nn.PReLU, "leaky_relu": nn.LeakyReLU}  # the slope of the latter is 0.01
 
 
 class Linear(nn.Module):
@@ -34,8 +37,8 @@ class Linear(nn.Module):
         self.dim = dim
         self.map = nn.Linear(dim_in, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.map(_hide(x, mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        return self.map(hide(x, mask))
 
 
 class Norm(nn.Module):
@@ -45,8 +48,8 @@ class Norm(nn.Module):
         super().__init__()
         self.dim = dim_in
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.layer_norm(_hide(x, mask), (self.dim,))
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        return F.layer_norm(hide(x, mask), (self.dim,))
 
 
 class TCN(nn.Module):
@@ -57,16 +60,29 @@ class TCN(nn.Module):
     """
 
     def __init__(
-        self, dim_in: int, *, channels: Sequence[int], width: int, dropout: float, causal: bool = True
+        self,
+        dim_in: int,
+        *,
+        channels: Sequence[int],
+        width: int,
+        dropout: float,
+        causal: bool = True,
+        act: Literal["prelu", "leaky_relu"] = "prelu",
     ) -> None:
         super().__init__()
         dims = [dim_in, *channels]
         self.dim = dims[-1]
         self.levels = nn.ModuleList(
-            _Level(dims[i], dims[i + 1], width, 2**i, dropout, causal) for i in range(len(channels))
+            _Level(dims[i], dims[i + 1], width, 2**i, dropout, causal, _ACTS[act])
+            for i in range(len(channels))
         )
+        # the most rows that one convolution reaches to a side; hidden rows are zeros to every one of them
+        self.gap = (width - 1) * 2 ** (len(channels) - 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        return with_gaps(self._run, x, mask, start, self.gap)
+
+    def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x.transpose(1, 2)
         for level in self.levels:
             x = level(x, mask)
@@ -77,7 +93,14 @@ class _Level(nn.Module):
     """Two dilated convolutions with weight norm beside a skip, 1x1 where the dims differ; (B, D, T) -> (B, D', T)."""
 
     def __init__(
-        self, dim_in: int, dim: int, width: int, dilation: int, dropout: float, causal: bool
+        self,
+        dim_in: int,
+        dim: int,
+        width: int,
+        dilation: int,
+        dropout: float,
+        causal: bool,
+        act: type[nn.Module],
     ) -> None:
         super().__init__()
         span = (width - 1) * dilation
@@ -87,34 +110,106 @@ class _Level(nn.Module):
         self.conv1 = weight_norm(nn.Conv1d(dim_in, dim, width, dilation=dilation))
         self.conv2 = weight_norm(nn.Conv1d(dim, dim, width, dilation=dilation))
         self.skip = nn.Identity() if dim_in == dim else nn.Conv1d(dim_in, dim, 1)
-        self.act1, self.act2, self.act = nn.PReLU(), nn.PReLU(), nn.PReLU()
+        self.act1, self.act2, self.act = act(), act(), act()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = _hide(x, mask, dim=1)
+        x = hide(x, mask, dim=1)
         y = self.dropout(self.act1(self.conv1(F.pad(x, self.pad))))
-        y = _hide(y, mask, dim=1)
+        y = hide(y, mask, dim=1)
         y = self.dropout(self.act2(self.conv2(F.pad(y, self.pad))))
         return self.act(y + self.skip(x))
 
 
-class MambaStack(nn.Module):
-    """`layers` times x = LN(Mamba(x) + x), the post-norm order of Mamba-VA; a row sees itself and all before it."""
+class MultiTCN(nn.Module):
+    """A TCN for each width of `kernels`, what they give side by side, a Linear to `dim`: USTC's, with LeakyReLU."""
 
     def __init__(
-        self, dim_in: int, *, layers: int, state: int, conv: int, expand: int, dropout: float = 0.0
+        self,
+        dim_in: int,
+        *,
+        channels: Sequence[int],
+        dim: int,
+        kernels: Sequence[int] = (3, 5, 7),
+        dropout: float = 0.1,
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.dim = dim_in
-        self.mixers = nn.ModuleList(Mamba(dim_in, state, conv, expand) for _ in range(layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim_in) for _ in range(layers))
+        self.dim = dim
+        self.tcns = nn.ModuleList(
+            TCN(dim_in, channels=channels, width=width, dropout=dropout, causal=causal, act="leaky_relu")
+            for width in kernels
+        )
+        self.map = nn.Linear(channels[-1] * len(kernels), dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        return self.map(torch.cat([tcn(x, mask, start) for tcn in self.tcns], dim=-1))
+
+
+class _MixerStack(nn.Module):
+    """`layers` times x = LN(mixer(x) + x), the post-norm order of Mamba-VA; a row sees itself and all before it.
+
+    If not `causal` a layer has a second mixer, of its own weights, that reads each video backwards, and the two are
+    summed: what a row sees of itself twice is for them to learn.
+    """
+
+    def __init__(
+        self, dim: int, mixer: Callable[[], nn.Module], layers: int, dropout: float, causal: bool
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mixers = nn.ModuleList(mixer() for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.backward_mixers = nn.ModuleList(mixer() for _ in range(0 if causal else layers))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = _hide(x, mask)
-        for mixer, norm in zip(self.mixers, self.norms, strict=True):
-            x = norm(self.dropout(mixer(x, mask)) + x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        x = hide(x, mask)
+        back_mask = None if mask is None else mask.flip(1)
+        back_start = None if start is None else reversed_start(start)
+        for i, (mixer, norm) in enumerate(zip(self.mixers, self.norms, strict=True)):
+            y = mixer(x, mask, start)
+            if self.backward_mixers:
+                y = y + self.backward_mixers[i](x.flip(1), back_mask, back_start).flip(1)
+            x = norm(self.dropout(y) + x)
         return x
+
+
+class MambaStack(_MixerStack):
+    """Layers of Mamba-1, see _MixerStack."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        *,
+        layers: int,
+        state: int,
+        conv: int,
+        expand: int,
+        dropout: float = 0.0,
+        causal: bool = True,
+    ) -> None:
+        super().__init__(dim_in, lambda: Mamba(dim_in, state, conv, expand), layers, dropout, causal)
+
+
+class Mamba2Stack(_MixerStack):
+    """Layers of Mamba-2, see _MixerStack. Raises ValueError where `heads_dim` does not divide expand * dim_in."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        *,
+        layers: int,
+        state: int,
+        conv: int,
+        expand: int,
+        heads_dim: int,
+        dropout: float = 0.0,
+        causal: bool = True,
+    ) -> None:
+        super().__init__(
+            dim_in, lambda: Mamba2(dim_in, state, conv, expand, heads_dim), layers, dropout, causal
+        )
 
 
 class Mamba(nn.Module):
@@ -134,42 +229,122 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(inner, 1))  # (D, N)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self._init_step(rank)
-
-    def _init_step(self, rank: int, low: float = 1e-3, high: float = 1e-1) -> None:
-        """Steps spread evenly in log between `low` and `high`, so that some states last 1/low rows."""
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         with torch.no_grad():
-            log_step = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high))
-            step = log_step.exp()
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+            self.dt_proj.bias.copy_(_step_bias(inner))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D), mask (B, T) -> (B, T, D). A masked row adds nothing to the state and lets it not decay."""
-        u, z = self.in_proj(_hide(x, mask)).chunk(2, dim=-1)  # no bias: a hidden row stays zero
-        u = F.silu(self._convolve(u))
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). A masked row adds nothing to the state and lets it not decay."""
+        u, z = self.in_proj(hide(x, mask)).chunk(2, dim=-1)  # no bias: a hidden row stays zero
+        u = F.silu(_convolve(self.conv1d, u, start))
         low_rank, B, C = self.x_proj(u).split(self.split, dim=-1)
         delta = F.linear(low_rank, self.dt_proj.weight)
-        if mask is not None:
-            delta = delta.masked_fill(
-                ~mask.unsqueeze(-1), -math.inf
-            )  # softplus makes it 0: a step of no time
+        if mask is not None:  # softplus makes it 0: a step of no time
+            delta = delta.masked_fill(~mask.unsqueeze(-1), -math.inf)
         u, delta, B, C, z = (v.transpose(1, 2) for v in (u, delta, B, C, z))
         A = -torch.exp(self.A_log)
-        y = selective_scan(u, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
+        bias = self.dt_proj.bias
+        y = selective_scan(u, delta, A, B, C, self.D, z, bias, delta_softplus=True, resets=start)
         return self.out_proj(cast(Tensor, y).transpose(1, 2))
 
-    def _convolve(self, u: Tensor) -> Tensor:
-        """The causal convolution of each dim by itself, (B, T, D) -> (B, T, D).
 
-        As an image of one line with the channels last it needs no transposed copies: 15 % of the block's time.
-        """
-        conv, T = self.conv1d, u.shape[1]
+class Mamba2(nn.Module):
+    """The Mamba-2 block (Dao & Gu 2024, figure 6) with mamba-ssm's parameter names, shapes and initialisation.
+
+    A checkpoint of `mamba_ssm.Mamba2(dim, d_state=state, d_conv=conv, expand=expand, headdim=heads_dim)` loads as it
+    is. Raises ValueError where `heads_dim` does not divide expand * dim.
+    """
+
+    def __init__(self, dim: int, state: int, conv: int, expand: int, heads_dim: int) -> None:
+        super().__init__()
+        inner = expand * dim
+        if inner % heads_dim:
+            raise ValueError(f"heads of {heads_dim} dims do not divide expand * dim = {inner}")
+        heads, mixed = inner // heads_dim, inner + 2 * state
+        self.sizes, self.heads_dim = [inner, state], heads_dim
+        self.in_proj = nn.Linear(dim, inner + mixed + heads, bias=False)
+        self.conv1d = nn.Conv1d(mixed, mixed, conv, groups=mixed, padding=conv - 1)
+        self.dt_bias = nn.Parameter(_step_bias(heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). A masked row adds nothing to the state and lets it not decay."""
+        inner, state = self.sizes
+        parts = [inner, inner + 2 * state, len(self.D)]
+        z, mixed, dt = self.in_proj(hide(x, mask)).split(parts, dim=-1)  # no bias: a hidden row stays zero
+        mixed = F.silu(_convolve(self.conv1d, mixed, start))
+        u, B, C = mixed.split([inner, state, state], dim=-1)
+        dt = F.softplus(dt + self.dt_bias)
+        if mask is not None:
+            dt = dt.masked_fill(~mask.unsqueeze(-1), 0)  # a step of no time
+        u = u.unflatten(-1, (-1, self.heads_dim))
+        y = ssd_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, resets=start).flatten(2)
+        gated = y.to(self.norm.weight.dtype) * F.silu(z)  # the norm is not computed in half precision
+        return self.out_proj(self.norm(gated))
+
+
+def _step_bias(n: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
+    """(n,) biases that softplus makes into steps even in log from `low` to `high`: some states last 1/low rows."""
+    step = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+
+def _convolve(conv: nn.Conv1d, u: Tensor, start: Tensor | None) -> Tensor:
+    """The causal convolution of each dim by itself, (B, T, D) -> (B, T, D), within each video."""
+    past = conv.kernel_size[0] - 1
+
+    def run(u: Tensor, _: Tensor | None) -> Tensor:
+        # as an image of one line with the channels last it needs no transposed copies: 15 % of the block's time
         lines = u.contiguous().transpose(1, 2).unsqueeze(2)  # (B, D, 1, T)
-        padding = (0, *conv.padding)
-        lines = F.conv2d(lines, conv.weight.unsqueeze(2), conv.bias, padding=padding, groups=conv.groups)
-        return lines[..., :T].squeeze(2).transpose(1, 2)
+        weight = conv.weight.unsqueeze(2)
+        lines = F.conv2d(lines, weight, conv.bias, padding=(0, past), groups=conv.groups)
+        return lines[..., : u.shape[1]].squeeze(2).transpose(1, 2)
+
+    return with_gaps(run, u, None, start, past)
+
+
+class GRU(nn.Module):
+    """Layers of gated recurrent units (Cho et al. 2014) over the valid rows of each video; zeros in the others.
+
+    If not `causal` it runs both ways, each with half of `dim`, which must then be even (ValueError).
+    """
+
+    def __init__(self, dim_in: int, *, dim: int, layers: int = 1, causal: bool = True) -> None:
+        super().__init__()
+        if not causal and dim % 2:
+            raise ValueError(f"a GRU that runs both ways wants an even dim, got {dim}")
+        self.dim = dim
+        hidden = dim if causal else dim // 2
+        self.gru = nn.GRU(dim_in, hidden, layers, batch_first=True, bidirectional=not causal)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        if mask is None and start is None:
+            return self.gru(x)[0]
+        valid = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        rows = valid.cpu()
+        if start is None:
+            counts = rows.sum(1).tolist()
+        else:
+            counts = [int(rows[line, part].sum()) for line, part in videos(start)]
+        if not any(counts):  # any output will do, but it should have a gradient
+            return self.gru(hide(x, mask))[0]
+        sequences = [rows for rows in x[valid].split(counts) if len(rows)]
+        packed = self.gru(pack_sequence(sequences, enforce_sorted=False))[0]
+        values = torch.cat(unpack_sequence(packed))
+        return values.new_zeros(*valid.shape, self.dim).index_put((valid,), values)
 
 
 # The names a preset uses.
-BLOCKS: dict[str, type[nn.Module]] = {"linear": Linear, "norm": Norm, "tcn": TCN, "mamba": MambaStack}
+BLOCKS: dict[str, type[nn.Module]] = {
+    "linear": Linear,
+    "norm": Norm,
+    "tcn": TCN,
+    "multi_tcn": MultiTCN,
+    "mamba": MambaStack,
+    "mamba2": Mamba2Stack,
+    "transformer": Transformer,
+    "gru": GRU,
+}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from safetensors.torch import load_file
 
 from .. import VacliError
 from ..store import Track
-from .model import Network, Preset, check_preset
-from .windows import Clip, Windows
-
-SMOOTH_CHOICES_S = (0.0, 0.2, 0.4, 0.8, 1.6, 3.2)  # half-widths of the moving average tried on validation
+from .model import Network, encode_of
+from .preset import Preset, check_preset
+from .smoothing import TARGETS, Smoothing, check_smoothing, smoothed
+from .windows import Batch, Clip, Windows
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,22 @@ class Run:
         return {name: stream["dim"] for name, stream in self.about["streams"].items()}
 
     @property
-    def smooth_s(self) -> tuple[float, float]:
-        valence, arousal = self.about["smooth_s"]
-        return valence, arousal
+    def patched(self) -> set[str]:
+        """The streams whose log-mel the network reads as patches: their clips keep the track itself."""
+        return patched_of(self.preset)
+
+    @property
+    def face_stream(self) -> str:
+        return face_stream_of(self.about)
+
+    @property
+    def smoothing(self) -> Smoothing:
+        """What was chosen on its validation videos. Raises VacliError if run.json has something else there."""
+        found = self.about.get("smoothing")
+        if found is None:  # a run of an older vacli: half-widths of boxes
+            half_s = self.about.get("smooth_s", ())
+            found = {target: {"kind": "box", "half_s": s} for target, s in zip(TARGETS, half_s, strict=False)}
+        return check_smoothing(found, str(self.path / "run.json"))
 
     @property
     def finished(self) -> bool:
@@ -54,6 +69,15 @@ class Run:
             why = str(e).partition("\n")[0]
             raise VacliError(f"cannot use {weights}: {why}; train the run again under another --name") from e
         return net.eval().to(device)
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+
+@lru_cache(maxsize=8)
+def _kept_network(run: Run, device: str, written_ns: int) -> Network:
+    """The networks of a run's folds: `vacli predict` asks for each again with every video."""
+    return run.network(device)
 
 
 def open_run(wanted: str | Path | None, runs: str | Path = "runs") -> Run:
@@ -97,49 +121,81 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def patched_of(preset: Preset) -> set[str]:
+    """The streams that a trainable VGG reads; what Network.patched has, without building one."""
+    return {name for name in preset.streams if encode_of(preset, name).vgg is not None}
+
+
+def face_stream_of(about: dict[str, Any]) -> str:
+    """The stream of a run.json whose rows say where a face was: its first that is not made from sound.
+
+    What hears says at which rate, in its recipe or in that of its front end. A run on sound alone has its first
+    stream for it; so has one on imported features, which do not say what they are.
+    """
+    streams = list(about["streams"])
+    return next((name for name in streams if not _hears(about["streams"][name].get("recipe"))), streams[0])
+
+
+def _hears(recipe: Any) -> bool:
+    return isinstance(recipe, dict) and ("rate_hz" in recipe or any(map(_hears, recipe.values())))
+
+
 @torch.inference_mode()
-def raw_curves(net: Network, windows: Windows, batch: int = 16) -> dict[str, Track]:
+def raw_curves(net: Network, windows: Windows) -> dict[str, Track]:
     """Clip id -> (T, 2) track, overlapping windows averaged, as the network has it: not filled, smoothed or clipped.
 
-    Raises VacliError if the network gives anything but numbers.
+    The network is taken as it is: in eval mode, on the device of the windows. Raises VacliError if it gives anything
+    but numbers.
     """
-    index = torch.arange(len(windows), device=windows.starts.device)
-    outputs = torch.cat([net(*windows.batch(part))["va"].cpu() for part in index.split(batch)])
-    if not outputs.isfinite().all():
-        raise VacliError(
-            "the network's values are not finite, its training diverged: train it with a lower train.lr"
-        )
-    return windows.fold(outputs)
+
+    def outputs() -> Iterator[tuple[Batch, torch.Tensor]]:
+        finite = torch.ones((), dtype=torch.bool, device=windows.device)
+        for batch in windows.batches():
+            values = net(batch.streams, batch.seen, batch.start)["va"].float()
+            finite &= values.isfinite().all()  # asked once at the end: asking would wait for the device
+            yield batch, values
+        if not finite:
+            raise VacliError(
+                "the network's values are not finite, its training diverged: train it with a lower train.lr"
+            )
+
+    return windows.fold(outputs())
 
 
-def finish(raw: Track, face: np.ndarray, smooth_s: tuple[float, float]) -> Track:
+def finish(raw: Track, face: np.ndarray, smooth: Smoothing | None = None) -> Track:
     """A raw curve made fit to hand out: smoothed, filled where no face is, clipped to [-1, 1].
 
     face: (T,) bool. Rows without a face are interpolated between their neighbours in time; without any face the
-    network's own values stand (they rest on the sound, or on nothing). smooth_s: half-widths of the moving
-    average for valence and arousal, in seconds; it averages rows with a face only, those beyond a shorter hole
-    included, and never reaches further than its half-width.
+    network's own values stand (they rest on the sound, or on nothing). smooth: a kernel for valence and one for
+    arousal, None for neither; it averages rows with a face only, those beyond a shorter hole included, and never
+    reaches further than it says.
     """
     if not face.any():
         face = np.ones(len(raw), bool)
-    columns = []
-    for column, half_s in zip(raw.values.T, smooth_s, strict=True):
-        smooth = _moving_average(column[face].astype(np.float64), raw.times_s[face], half_s)
-        columns.append(np.interp(raw.times_s, raw.times_s[face], smooth))
-    return Track(np.clip(np.stack(columns, axis=1), -1, 1).astype(np.float32), raw.times_s)
+    values, times_s = raw.values[face].astype(np.float64), raw.times_s[face]
+    if smooth is not None and smooth["valence"] == smooth["arousal"]:
+        values = smoothed(values, times_s, smooth["valence"])
+    elif smooth is not None:
+        columns = [
+            smoothed(values[:, k : k + 1], times_s, smooth[target]) for k, target in enumerate(TARGETS)
+        ]
+        values = np.concatenate(columns, axis=1)
+    whole = np.empty(raw.values.shape)
+    whole[face] = values
+    if not face.all():
+        columns = [np.interp(raw.times_s[~face], times_s, column) for column in values.T]
+        whole[~face] = np.stack(columns, axis=1)
+    return Track(np.clip(whole, -1, 1).astype(np.float32), raw.times_s)
 
 
-def _moving_average(values: np.ndarray, times_s: np.ndarray, half_s: float) -> np.ndarray:
-    """Mean of the rows within half_s of each row, by their times: right for any frame rate."""
-    low = np.searchsorted(times_s, times_s - half_s - 1e-9)
-    high = np.searchsorted(times_s, times_s + half_s + 1e-9, side="right")
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[high] - sums[low]) / (high - low)
+def faces_of(clip: Clip, stream: str | None = None) -> np.ndarray:
+    """(T,) bool: rows where the stream of the face (Run.face_stream) saw something; the first stream unless told.
 
-
-def faces_of(clip: Clip) -> np.ndarray:
-    """(T,) bool: rows where the first stream, the one of the face, saw something."""
-    return ~np.isnan(next(iter(clip.streams.values()))[:, 0])
+    Every row, where the network reads no stream but patches of log-mel.
+    """
+    if stream is None or stream not in clip.streams:
+        stream = next(iter(clip.streams), None)
+    return np.ones(len(clip.times_s), bool) if stream is None else ~np.isnan(clip.streams[stream][:, 0])
 
 
 def predict(
@@ -147,16 +203,24 @@ def predict(
 ) -> dict[str, Track]:
     """Clip id -> finished (T, 2) curve, valence and arousal in [-1, 1], a row for every row of the clip.
 
-    device: best_device() unless told.
+    device: best_device() unless told. Raises VacliError for weights that cannot be used, and what Windows raises.
     """
+    smoothing = run.smoothing if smooth else None
+    raw = predict_raw(run, clips, device)
+    return {c.id: finish(raw[c.id], faces_of(c, run.face_stream), smoothing) for c in clips}
+
+
+def predict_raw(run: Run, clips: list[Clip], device: torch.device | str | None = None) -> dict[str, Track]:
+    """Clip id -> the network's own (T, 2) curve; by windows as in training, or whole videos where it saw whole ones."""
     filled = [c for c in clips if len(c.times_s)]
     curves = {
         c.id: Track(np.empty((0, 2), np.float32), np.empty(0)) for c in clips
     }  # in the order of the clips
     if filled:
         device = device or best_device()
-        windows = Windows(filled, run.preset.windows.length, run.preset.windows.stride, device)
-        raw = raw_curves(run.network(device), windows)
-        smooth_s = run.smooth_s if smooth else (0.0, 0.0)
-        curves |= {c.id: finish(raw[c.id], faces_of(c), smooth_s) for c in filled}
+        weights = run.path / "weights.safetensors"
+        net = _kept_network(run, str(device), weights.stat().st_mtime_ns if weights.exists() else 0)
+        preset = run.preset
+        windows = Windows(filled, preset.windows, preset.train.batch, device, net.patched)
+        curves |= raw_curves(net, windows)
     return curves

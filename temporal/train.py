@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import importlib
 import io
 import json
 import math
 import os
 import pickle
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
-from torch import nn
 
 from .. import VacliError, __version__
-from ..store import Store
-from ..store.labels import ccc
+from ..store import Store, disk
+from ..store.labels import UNLABELLED
 from .evaluate import choose_smoothing, figures, load_clips
-from .model import Network, Preset
-from .predict import Run, best_device, faces_of, finish, open_run, raw_curves
+from .fitting import Alone, Fit, whole_loss
+from .model import Network
+from .plan import Tell, make_plan, videos_of
+from .predict import Run, best_device, face_stream_of, faces_of, finish, open_run, raw_curves
+from .preset import Preset
+from .published import read_charon
 from .windows import Clip, Windows
 
-_HELD_OUT_SHARE = 0.2
+__all__ = ["replace_file", "start_from", "train", "videos_of"]
+
+_UNSURE = (
+    ", where two runs of one seed may differ in the last digits (attention's backward pass, sums over packed videos, "
+    "mamba-ssm's scan); on a CPU they are the same"
+)
 
 
 def train(
@@ -38,165 +49,296 @@ def train(
     runs: str | Path = "runs",
     name: str | None = None,
     seed: int = 0,
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
+    splits: dict[str, list[str]] | None = None,
 ) -> Run:
     """Train the preset; stops early on the mean CCC of the validation videos and keeps the best weights.
 
     A run of the same settings goes on where it was stopped, to the same result; a finished one is returned as it
-    is. tell: gets a line of progress per epoch. Raises VacliError if the store lacks a stream or labels, if the
-    preset cannot be built for these streams, or if training diverges.
+    is. tell: gets a line of progress per epoch. splits: {"train": ids, "validation": ids} instead of the data set's
+    own. Raises VacliError if the store lacks a stream, a video or labels, if the preset cannot be built for these
+    streams or on this device, if another process is training in the same folder, or if training diverges.
     """
-    about = _plan(store, preset, seed, tell)
+    device = best_device()
+    if preset.train.precision == "float16" and device.type == "cpu":
+        raise VacliError("train.precision = float16 wants a GPU; set bfloat16 or float32 on a CPU")
+    about = make_plan(store, preset, Path(runs), seed, tell, splits)
     torch.manual_seed(seed)
     dims = {stream: facts["dim"] for stream, facts in about["streams"].items()}
     net = Network(preset, dims)  # before the folder: a preset that cannot be built leaves nothing behind
     path = Path(runs) / (name or f"{preset.name}-{about['settings'][:8]}")
     try:
-        state = _open(path, about)
-        if state is None:
-            tell(f"{path} is finished already, with the same settings, videos and features: nothing to train")
-        else:
-            _fit(store, preset, net, path, about, state, tell)
+        with _alone_in(path):
+            if _is_finished(path, about):
+                tell(
+                    f"{path} is finished already, with the same settings, videos and features: nothing to train"
+                )
+            else:
+                _Training(store, preset, net.to(device), path, about, tell).run()
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        spec = preset.train
+        raise VacliError(
+            f"{device} ran out of memory; what is done in {path} is kept: set train.batch (now {spec.batch}), "
+            f"windows.length (now {preset.windows.length}) or train.precision (now {spec.precision}) to less"
+        ) from e
     except OSError as e:  # a full disk, no permission, a file in the way
         why = e.strerror or str(e)
         raise VacliError(f"cannot use {path}: {why}; mend it and run again: what is done is kept") from e
     return open_run(path)
 
 
-# ---- what to train on ----------------------------------------------------------------------------------------
+# ---- the training --------------------------------------------------------------------------------------------
 
 
-def _plan(store: Store, preset: Preset, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The run.json of the run to be: preset, seed, every stream's recipe, every video's media."""
-    videos = store.videos()
-    labelled = {
-        v: facts for v, facts in videos.items() if "label.va" in facts["tracks"] and facts["split"] != "test"
-    }
-    if not labelled:
+class _Training:
+    """One run being trained: its rows on the device, its folder, and where it is."""
+
+    def __init__(
+        self, store: Store, preset: Preset, net: Network, path: Path, about: dict[str, Any], tell: Tell
+    ) -> None:
+        self.preset, self.spec, self.net, self.path, self.about = preset, preset.train, net, path, about
+        self.device = next(net.parameters()).device
+        self.tell = tell
+        self.windows, self.judges = _load(store, preset, about, net, self.device, tell)
+        self.rows = {split: sum(map(len, w.times_s.values())) for split, w in self.windows.items()}
+        self.best: dict[str, float] = {"mean": -math.inf, "epoch": -1}
+        self.fell = -1  # the epoch after which the rate last fell
+        self.done = 0  # epochs, of both stages
+        self.state = _read_state(path / "last.pt") if (path / "last.pt").exists() else {}
+        self._begin()
+
+    def run(self) -> None:
+        """Train what is left to train, and finish the run."""
+        with _board(self.path, self.done) as self.board:
+            if self.done < self.spec.alone_epochs or self._stopped_in("alone"):
+                self._alone()
+            fit = Fit(self.net, whole_loss(self.net, self.spec), self.spec, self.spec.epochs, self.spec.ema)
+            if self._stopped_in("whole"):
+                fit.load(self.state["fit"])
+            while self._goes_on():
+                self._whole(fit)
+        net = fit.judged
+        assert isinstance(net, Network)
+        _finish(self.path, self.about, net, self.windows["validation"], self.judges)
+
+    def _begin(self) -> None:
+        """Where it stopped, or the network's first weights; then the run folder says what it is."""
+        state = self.state
+        if state:
+            self.done, self.best, self.fell = state["epoch"], state["best"], state["fell"]
+            self.tell(f"going on with {self.path} after epoch {self.done}")
+        else:
+            self.net.standardise_by(self.windows["train"].moments())
+            self.net.start_vgg()
+            if self.spec.init_from:
+                start_from(self.net, Path(self.about["started_from"]["train.init_from"]["file"]), self.tell)
+        replace_file(self.path / "run.json", json.dumps(_record(self.about), indent=1).encode())
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text().splitlines()[: self.done] if self.done else []
+        replace_file(metrics, "".join(f"{line}\n" for line in lines).encode())
+        parameters = sum(p.numel() for p in self.net.parameters())
+        self.tell(
+            f"training {self.preset.name} ({parameters:,} parameters) on {len(self.about['train'])} videos, "
+            f"{self.rows['train']} rows; judged by {len(self.judges)} videos, {self.rows['validation']} rows; "
+            f"on {self.device}{_UNSURE if self.device.type == 'cuda' else ''}"
+        )
+
+    def _stopped_in(self, stage: str) -> bool:
+        return self.state.get("stage") == stage
+
+    def _goes_on(self) -> bool:
+        epoch = self.done - self.spec.alone_epochs
+        return epoch < self.spec.epochs and epoch - 1 - self.best["epoch"] < self.spec.patience
+
+    def _alone(self) -> None:
+        """The streams by themselves, each with a head that is thrown away in the end."""
+        alone = Alone(self.net, self.spec).to(self.device)
+        fit = Fit(alone, alone.loss, self.spec, self.spec.alone_epochs)
+        if self._stopped_in("alone"):
+            fit.load(self.state["fit"])
+        while self.done < self.spec.alone_epochs:
+            began = time.perf_counter()
+            loss = self._pass(fit, self.done)
+            seconds = time.perf_counter() - began
+            line = {"epoch": self.done + 1, "stage": "alone", "loss": loss, "seconds": seconds}
+            self._save(fit, "alone", line)
+            self.tell(
+                f"alone {self.done}/{self.spec.alone_epochs}  loss {loss:.3f}  "
+                f"{self.rows['train'] / seconds:,.0f} rows/s"
+            )
+
+    def _whole(self, fit: Fit) -> None:
+        """One epoch of the whole network: train, judge, keep what is best, lower the rate on a plateau."""
+        began = time.perf_counter()
+        epoch = self.done - self.spec.alone_epochs
+        loss = self._pass(fit, epoch)
+        net = fit.judged
+        assert isinstance(net, Network)
+        found = _judge(net.eval(), self.windows["validation"], self.judges, self.about)
+        weights = self.path / "weights.safetensors"
+        if found["mean"] > self.best["mean"]:
+            self.best = {"mean": found["mean"], "epoch": epoch}
+            replace_file(weights, _weights_bytes(net))
+        # as torch's ReduceLROnPlateau counts: with a patience of 0 the first epoch that is no better is enough
+        no_better = epoch - max(self.best["epoch"], self.fell)
+        if self.spec.schedule == "plateau" and no_better > self.spec.plateau_patience:
+            fit.fall(load_file(weights, str(self.device)))
+            self.fell = epoch
+        seconds = time.perf_counter() - began
+        self._save(fit, "whole", {"epoch": epoch + 1, "loss": loss, "ccc": found, "seconds": seconds})
+        left_s = (self.spec.epochs - epoch - 1) * seconds
+        self.tell(
+            f"epoch {epoch + 1}/{self.spec.epochs}  loss {loss:.3f}  CCC V {found['valence']:.3f} "
+            f"A {found['arousal']:.3f} mean {found['mean']:.3f}  best {self.best['mean']:.3f}  "
+            f"{self.rows['train'] / seconds:,.0f} rows/s  at most {left_s:.0f} s left"
+        )
+
+    def _pass(self, fit: Fit, epoch: int) -> float:
+        """Its randomness depends on the run's seed and the epoch alone, so a resumed run repeats it exactly."""
+        return fit.epoch(self.windows["train"], epoch, self.about["seed"] * 100_003 + self.done, self.tell)
+
+    def _save(self, fit: Fit, stage: str, line: dict[str, Any]) -> None:
+        self.done += 1
+        self.board(self.done, line)
+        _append(self.path / "metrics.jsonl", json.dumps(line))
+        where = {"stage": stage, "epoch": self.done, "best": self.best, "fell": self.fell}
+        # last: killed before this, the whole epoch is done again, to the same weights and the same line
+        replace_file(self.path / "last.pt", _state_bytes({**where, "fit": fit.state()}))
+
+
+def start_from(net: Network, file: Path, tell: Tell) -> None:
+    """Take the tensors of a file that the network has too, by name and shape.
+
+    file: our .safetensors, or a published Mamba-VA checkpoint. Raises VacliError if it has none that fits.
+    """
+    ours = net.state_dict()
+    found: dict[str, torch.Tensor] = {}
+    if file.suffix == ".safetensors":
+        try:
+            found = load_file(file)
+        except SafetensorError as e:
+            raise VacliError(f"cannot read the weights {file}: {e}; wanted a whole .safetensors") from e
+    if not found.keys() & ours.keys():  # another's names
+        found = read_charon(file)
+    fitting = {k: v for k, v in found.items() if k in ours and v.shape == ours[k].shape}
+    if not fitting:
         raise VacliError(
-            f"none of the {len(videos)} videos of {store.path} is labelled; extract an Aff-Wild2 folder, "
-            "or put clip.txt (header valence,arousal; a line per frame) beside clip.mp4"
+            f"train.init_from = {file}: none of its {len(found)} tensors is one of this network's "
+            f"{len(ours)} by name and shape; wanted weights of a like preset and like streams"
         )
-    streams = {name: _stream(store, name, labelled) for name in preset.streams}
-    label = {
-        "folder": _one_folder("label.va", {f["tracks"]["label.va"]["folder"] for f in labelled.values()})
+    net.load_state_dict(fitting, strict=False)
+    tell(f"{len(fitting)} of the network's {len(ours)} tensors come from {file}")
+
+
+def _load(
+    store: Store, preset: Preset, about: dict[str, Any], net: Network, device: torch.device, tell: Tell
+) -> tuple[dict[str, Windows], list[Clip]]:
+    """The windows of both splits, and the validation clips to judge by; the training clips are let go."""
+    windows: dict[str, Windows] = {}
+    for split in ("train", "validation"):
+        clips = load_clips(store, about, split)
+        _check_labels(split, clips)
+        windows[split] = Windows(clips, preset.windows, preset.train.batch, device, net.patched)
+    wanted, length = preset.windows.length, windows["train"].length
+    if not preset.windows.whole and length < wanted:
+        tell(f"windows of {wanted} rows are longer than every training video: they are cut to {length} rows")
+    return windows, clips
+
+
+def _check_labels(split: str, clips: list[Clip]) -> None:
+    """Raises VacliError for a label outside [-1, 1] (imported ones are checked nowhere else), and for none valid."""
+    valid = 0
+    for clip in clips:
+        assert clip.labels is not None
+        known = np.isfinite(clip.labels).all(1) & (clip.labels != UNLABELLED).all(1)
+        valid += int(known.sum())
+        odd = known & (np.abs(np.nan_to_num(clip.labels)) > 1).any(1)
+        if odd.any():
+            row = int(odd.argmax())
+            pair = ", ".join(f"{v:g}" for v in clip.labels[row])
+            raise VacliError(
+                f"{clip.id} row {row}: the label ({pair}) lies outside [-1, 1]; wanted valence and arousal in [-1, 1], "
+                "NaN or -5 where unknown: scale them and import them again"
+            )
+    if not valid:
+        raise VacliError(f"the {split} videos have no valid label: wanted at least one frame that is not -5")
+
+
+def _judge(net: Network, windows: Windows, clips: list[Clip], about: dict[str, Any]) -> dict[str, float]:
+    """CCC of the curves before any smoothing."""
+    raw = raw_curves(net, windows)
+    return figures({c.id: finish(raw[c.id], faces_of(c, face_stream_of(about))) for c in clips}, clips)
+
+
+def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, clips: list[Clip]) -> None:
+    """Choose the smoothing with the best weights, write the figures: from now on the run is finished."""
+    net.load_state_dict(load_file(path / "weights.safetensors"))
+    raw = raw_curves(net.eval(), windows)
+    face = face_stream_of(about)
+    smoothing = choose_smoothing(raw, clips, face)
+    curves = {c.id: finish(raw[c.id], faces_of(c, face), smoothing) for c in clips}
+    finished = {
+        **_record(about),
+        "smoothing": smoothing,
+        "figures": figures(curves, clips),
+        "finished_at": datetime.now(UTC).isoformat(),
     }
-    members = {v: _media(facts, streams) for v, facts in labelled.items()}
-    members = {
-        v: media for v, media in members.items() if len(media) > 1
-    }  # a label alone is nothing to learn from
-    if len(members) < len(videos):
-        tell(
-            f"{len(videos) - len(members)} of {len(videos)} videos are left out: no label, or none of the streams"
-        )
-    splits = _splits({v: labelled[v]["split"] for v in members}, seed, tell)
-    about: dict[str, Any] = {
-        "preset": preset.model_dump(),
-        "seed": seed,
-        "streams": streams,
-        "label": {**label, "recipe": store.recipe_of(label["folder"])},
-        **{split: {v: members[v] for v in ids} for split, ids in splits.items()},
-    }
-    # where the weights lie is no setting: the recipe has their hash
-    of_streams = {name: {k: v for k, v in s.items() if k != "encoder"} for name, s in streams.items()}
-    settings = json.dumps({**about, "streams": of_streams}, sort_keys=True)
-    about["settings"] = hashlib.sha256(settings.encode()).hexdigest()
-    return {**about, "versions": {"vacli": __version__, "torch": torch.__version__, "numpy": np.__version__}}
-
-
-def _stream(store: Store, name: str, videos: dict[str, Any]) -> dict[str, Any]:
-    """The one recipe of a stream, with its dimension and encoder. `mae@<digits>` names one of several."""
-    plain, _, wanted = name.partition("@")
-    tracks = [f["tracks"][plain] for f in videos.values() if plain in f["tracks"]]
-    known = sorted({t["folder"] for t in tracks} if tracks else _features(videos))
-    tracks = [t for t in tracks if t["folder"].partition("@")[2].startswith(wanted)]
-    if not tracks:
-        raise VacliError(
-            f"no labelled video of {store.path} has a track {name}; there are {', '.join(known) or 'none'}: "
-            f"extract it with `vacli extract --encoder {plain}`, or choose with --stream"
-        )
-    folder = _one_folder(plain, {t["folder"] for t in tracks})
-    recipe = store.recipe_of(folder)
-    try:
-        dim = store.get(recipe, tracks[0]["media"]).values.shape[-1]
-    except KeyError as e:  # it was found damaged, and set aside
-        raise VacliError(f"{store.path} lost {folder}; run `vacli extract` on its videos again") from e
-    return {
-        "track": plain,
-        "folder": folder,
-        "recipe": recipe,
-        "dim": dim,
-        "encoder": tracks[0].get("encoder"),
-    }
-
-
-def _features(videos: dict[str, Any]) -> set[str]:
-    """The names of all tracks that can be a stream."""
-    return {t for facts in videos.values() for t in facts["tracks"]} - {"label.va", "faces"}
-
-
-def _one_folder(name: str, folders: set[str]) -> str:
-    if len(folders) > 1:
-        mend = "extract all videos alike"
-        if name != "label.va":  # a stream can be chosen
-            mend += ", or choose " + " or ".join(f"--stream {f}" for f in sorted(folders))
-        raise VacliError(
-            f"the videos' {name} was made in {len(folders)} different ways, which never mix: {mend}"
-        )
-    (folder,) = folders
-    return folder
-
-
-def _media(facts: dict[str, Any], streams: dict[str, dict[str, Any]]) -> dict[str, str]:
-    tracks = facts["tracks"]
-    found = {"label.va": tracks["label.va"]["media"]}
-    for name, stream in streams.items():
-        track = tracks.get(stream["track"])
-        if track is not None and track["folder"] == stream["folder"]:
-            found[name] = track["media"]
-    return found
-
-
-def _splits(of: dict[str, str | None], seed: int, tell: Callable[[str], None]) -> dict[str, list[str]]:
-    """The data set's own split; where it has no validation videos, a seeded fifth of them is held out."""
-    held_out = [v for v, split in of.items() if split == "validation"]
-    rest = [v for v, split in of.items() if split != "validation"]
-    if not held_out:
-        order = sorted(rest, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
-        held_out = order[: max(1, round(_HELD_OUT_SHARE * len(order)))]
-        rest = order[len(held_out) :]
-        tell(f"no validation set: held out {len(held_out)} of {len(of)} videos by seed {seed}")
-    if not rest:
-        raise VacliError(
-            f"{len(of)} labelled video(s) are too few: wanted at least one to train on and one to judge by"
-        )
-    return {"train": sorted(rest), "validation": sorted(held_out)}
+    replace_file(path / "run.json", json.dumps(finished, indent=1).encode())
+    (path / "last.pt").unlink(missing_ok=True)
 
 
 # ---- the run folder ------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Begin the run folder, or find where it stopped: the last epoch's state, {} at the start, None if finished."""
-    record = path / "run.json"
-    if record.exists():
-        try:
-            old = json.loads(record.read_text())
-            same, finished = old["settings"] == about["settings"], "figures" in old
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise VacliError(f"cannot read {record}: {e}; remove {path} or give another --name") from e
-        if not same:
-            raise VacliError(
-                f"{path} was trained with other settings, videos or features: give another --name"
-            )
-        if finished:
-            return None
+@contextlib.contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    """The run folder, for this process alone; one that was made for nothing is removed. Raises VacliError, OSError."""
     path.mkdir(parents=True, exist_ok=True)
-    _replace(record, json.dumps(about, indent=1).encode())
-    return _read_state(path / "last.pt") if (path / "last.pt").exists() else {}
+    with disk.open_folder(path) as fd:
+        if disk.lock(fd, wait=False) is False:
+            raise VacliError(
+                f"{path} is being trained by another process: wait for it, or give another --name"
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it is not empty, as a rule
+                path.rmdir()
+
+
+def _is_finished(path: Path, about: dict[str, Any]) -> bool:
+    """Raises VacliError for a run of other settings, and for one that cannot be read."""
+    record = path / "run.json"
+    if not record.exists():
+        for other in ("folds.json", "journal.log"):
+            if (path / other).exists():
+                raise VacliError(f"{path} holds folds or a sweep ({other}): give another --name")
+        return False
+    try:
+        old = json.loads(record.read_text())
+        same, finished = old["settings"] == about["settings"], "figures" in old
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise VacliError(f"cannot read {record}: {e}; remove {path} or give another --name") from e
+    if not same:
+        raise VacliError(f"{path} was trained with other settings, videos or features: give another --name")
+    return finished
+
+
+def _record(about: dict[str, Any]) -> dict[str, Any]:
+    """The plan, and what it is carried out with."""
+    device = best_device()
+    versions = {"vacli": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        **about,
+        "versions": {**versions, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu {platform.machine()}",
+    }
 
 
 def _read_state(path: Path) -> dict[str, Any]:
+    """What the last whole epoch left. Raises VacliError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
@@ -209,11 +351,11 @@ def _state_bytes(state: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _weights_bytes(net: nn.Module) -> bytes:
+def _weights_bytes(net: Network) -> bytes:
     return as_safetensors({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Whole or as before, through kill -9 and power cut; what a killed run left aside is written over."""
     aside = path.with_name(f".{path.name}.part")
     with open(aside, "wb") as f:
@@ -221,11 +363,7 @@ def _replace(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    disk.sync_folder(path.parent)
 
 
 def _append(path: Path, line: str) -> None:
@@ -235,147 +373,27 @@ def _append(path: Path, line: str) -> None:
         os.fsync(f.fileno())
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _board(path: Path, done: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """What shows an epoch's metrics in TensorBoard, where it is installed: called with the epoch and its line."""
+    writer = _summary_writer()
+    if writer is None:
+        yield lambda epoch, line: None
+        return
+    board = writer(str(path), purge_step=done + 1)  # a killed run's epoch is shown once
+
+    def show(epoch: int, line: dict[str, Any]) -> None:
+        for key, value in {**line, **line.get("ccc", {})}.items():
+            if isinstance(value, float):
+                board.add_scalar(key, value, epoch)
+        board.flush()
+
+    with contextlib.closing(board):
+        yield show
 
 
-def _fit(
-    store: Store,
-    preset: Preset,
-    net: Network,
-    path: Path,
-    about: dict[str, Any],
-    state: dict[str, Any],
-    tell: Callable[[str], None],
-) -> None:
-    device = best_device()
-    windows, judges = _load(store, preset, about, device)
-    net.to(device).standardise_by(windows["train"].moments())
-    optimizer = _optimizer(net, preset)
-    epoch, best = 0, {"mean": -math.inf, "epoch": -1}
-    if state:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch, best = state["epoch"], state["best"]
-        tell(f"going on with {path} after epoch {epoch}")
-    parameters = sum(p.numel() for p in net.parameters())
-    rows = {split: sum(map(len, w.times_s.values())) for split, w in windows.items()}
-    tell(
-        f"training {preset.name} ({parameters:,} parameters) on {len(about['train'])} videos, {rows['train']} rows; "
-        f"judged by {len(judges)} videos, {rows['validation']} rows; on {device}"
-    )
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_text().splitlines()[:epoch] if epoch else []
-    _replace(metrics, "".join(f"{line}\n" for line in lines).encode())
-    while epoch < preset.train.epochs and epoch - 1 - best["epoch"] < preset.train.patience:
-        began = time.perf_counter()
-        loss = _epoch(net, optimizer, windows["train"], preset, about["seed"], epoch)
-        found = _judge(net.eval(), windows["validation"], judges)
-        if found["mean"] > best["mean"]:
-            best = {"mean": found["mean"], "epoch": epoch}
-            _replace(path / "weights.safetensors", _weights_bytes(net))
-        epoch += 1
-        seconds = time.perf_counter() - began
-        _append(metrics, json.dumps({"epoch": epoch, "loss": loss, "ccc": found, "seconds": seconds}))
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best}
-        # last: killed before this, the whole epoch is done again, to the same weights and the same line
-        _replace(path / "last.pt", _state_bytes(state))
-        tell(
-            f"epoch {epoch}/{preset.train.epochs}  loss {loss:.3f}  CCC V {found['valence']:.3f} "
-            f"A {found['arousal']:.3f} mean {found['mean']:.3f}  best {best['mean']:.3f}  "
-            f"{rows['train'] / seconds:,.0f} rows/s  at most {(preset.train.epochs - epoch) * seconds:.0f} s left"
-        )
-    _finish(path, about, net, windows["validation"], judges)
-
-
-def _load(
-    store: Store, preset: Preset, about: dict[str, Any], device: torch.device
-) -> tuple[dict[str, Windows], list[Clip]]:
-    """The windows of both splits, and the validation clips to judge by; the training clips are let go."""
-    spec = preset.windows
-    windows = {"train": Windows(load_clips(store, about, "train"), spec.length, spec.stride, device)}
-    judges = load_clips(store, about, "validation")
-    windows["validation"] = Windows(judges, spec.length, spec.stride, device)
-    for split, split_windows in windows.items():
-        if not split_windows.labelled.any():
-            raise VacliError(
-                f"the {split} videos have no valid label: wanted at least one frame that is not -5"
-            )
-    return windows, judges
-
-
-def _judge(net: Network, windows: Windows, clips: list[Clip]) -> dict[str, float]:
-    """CCC of the curves before any smoothing."""
-    raw = raw_curves(net, windows)
-    return figures({c.id: finish(raw[c.id], faces_of(c), (0, 0)) for c in clips}, clips)
-
-
-def _optimizer(net: Network, preset: Preset) -> torch.optim.Optimizer:
-    """AdamW; Mamba's A and D do not decay, as in mamba-ssm: towards zero A would mean remembering everything."""
-    kept = [p for name, p in net.named_parameters() if name.endswith((".A_log", ".D"))]
-    rest = [p for name, p in net.named_parameters() if not name.endswith((".A_log", ".D"))]
-    decays = [
-        {"params": rest, "weight_decay": preset.train.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(decays, lr=preset.train.lr)
-
-
-def _epoch(
-    net: Network, optimizer: torch.optim.Optimizer, windows: Windows, preset: Preset, seed: int, epoch: int
-) -> float:
-    """One pass over all windows in a seeded order; returns the mean loss, finite or VacliError. Its randomness
-    depends on (seed, epoch) alone, so a resumed run repeats it exactly."""
-    spec = preset.train
-    torch.manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(windows)).to(windows.starts.device)
-    batches = order.split(spec.batch)
-    net.train()
-    total = torch.zeros((), device=order.device)
-    for i, index in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr * _warmup_cosine(epoch + i / len(batches), spec.warmup_epochs, spec.epochs)
-        loss = va_loss(net(*windows.batch(index))["va"], *windows.targets(index))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
-        optimizer.step()
-        total += loss.detach()
-    mean = float(total) / len(batches)
-    if not math.isfinite(mean):
-        raise VacliError(
-            f"training diverged in epoch {epoch + 1}: the loss is {mean}; lower train.lr, now {spec.lr:g}"
-        )
-    return mean
-
-
-def va_loss(predicted: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
-    """(1 - CCC_valence) + (1 - CCC_arousal) over all labelled rows of the batch together (Mamba-VA, eq. 5).
-
-    predicted, labels: (B, L, 2). labelled: (B, L) bool; the other rows count nowhere. A batch without any label
-    gives 2 and a zero gradient.
-    """
-    weight = labelled.reshape(-1, 1).to(predicted.dtype)
-    return (1 - ccc(predicted.reshape(-1, 2), labels.reshape(-1, 2), weight)).sum()
-
-
-def _warmup_cosine(epoch: float, warmup_epochs: float, epochs: int) -> float:
-    """Share of the learning rate at a fractional epoch: linear up, then half a cosine down to 0."""
-    if epoch < warmup_epochs:
-        return min(1.0, (epoch + 1e-3) / warmup_epochs)
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1e-9, epochs - warmup_epochs)))
-
-
-def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, clips: list[Clip]) -> None:
-    """Choose the smoothing with the best weights, write the figures: from now on the run is finished."""
-    net.load_state_dict(load_file(path / "weights.safetensors"))
-    raw = raw_curves(net.eval(), windows)
-    smooth_s = choose_smoothing(raw, clips)
-    curves = {c.id: finish(raw[c.id], faces_of(c), smooth_s) for c in clips}
-    finished = {
-        **about,
-        "smooth_s": smooth_s,
-        "figures": figures(curves, clips),
-        "finished_at": datetime.now(UTC).isoformat(),
-    }
-    _replace(path / "run.json", json.dumps(finished, indent=1).encode())
-    (path / "last.pt").unlink(missing_ok=True)
+def _summary_writer() -> Any:
+    for name in ("torch.utils.tensorboard", "tensorboardX"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).SummaryWriter
+    return None

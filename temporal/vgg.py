@@ -17,6 +17,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,29 +38,31 @@ _PIECE = 128  # patches: 0.8 GB of activations
 class LogMelVgg(nn.Module):
     """Log-mel patches (B, T, 96, 64) -> (B, T, 128): VGGish's network before PCA and without its last ReLU.
 
-    72 million parameters, in torchvggish's names; `start_from` takes its weights. The convolutions of a few patches at
-    a time are computed again in the backward pass, so memory does not grow with B * T but for the results.
+    72 million parameters, in torchvggish's names; `start_from` takes its weights. width: share of the published
+    channels and units, for what a CPU can train. The convolutions of a few patches at a time are computed again in
+    the backward pass, so memory does not grow with B * T but for the results.
     """
 
     dim = DIM
 
-    def __init__(self) -> None:
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         features: list[nn.Module] = []
-        before = 1
-        for channels in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0 halves both sides
-            if channels:
+        before, hidden = 1, max(1, round(4096 * width))
+        for published in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0):  # 0 halves both sides
+            if published:
+                channels = max(1, round(published * width))
                 features += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
                 before = channels
             else:
                 features.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*features)
         self.embeddings = nn.Sequential(
-            nn.Linear(before * PATCH_ROWS * BANDS // 4**4, 4096),
+            nn.Linear(before * PATCH_ROWS * BANDS // 4**4, hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(4096, 4096),
+            nn.Linear(hidden, hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(4096, DIM),
+            nn.Linear(hidden, DIM),
         )
         for layer in (*self.features, *self.embeddings):
             if isinstance(layer, nn.Conv2d | nn.Linear):  # torch's own would fade by 6 with every layer
@@ -88,7 +91,7 @@ class LogMelVgg(nn.Module):
         return checkpoint(self._features, piece, use_reentrant=False, preserve_rng_state=False)
 
     def _features(self, patches: Tensor) -> Tensor:
-        """(M, 96, 64) -> (M, 12288), channels last, as in TensorFlow, where the weights come from."""
+        """(M, 96, 64) -> (M, 24 C), channels last, as in TensorFlow, where the weights come from."""
         return self.features(patches[:, None]).permute(0, 2, 3, 1).flatten(1)
 
     def start_from(self, weights: Path) -> None:
@@ -96,7 +99,12 @@ class LogMelVgg(nn.Module):
 
         Raises VacliError for what is unreadable or does not fit.
         """
-        state = {k: v for k, v in _tensors(weights).items() if not k.startswith("pproc.")}
+        found = read_weights(weights)
+        if not isinstance(found, dict):
+            raise VacliError(
+                f"cannot read weights {weights}: no state dict in it; wanted torchvggish's names and tensors"
+            )
+        state = {k: v for k, v in found.items() if isinstance(v, Tensor) and not str(k).startswith("pproc.")}
         own = self.state_dict()
         odd = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if odd:
@@ -154,18 +162,18 @@ class LogMelRows:
         return gather(self.rows, starts).float(), self.hears[starts]
 
 
-def gather(rows: Tensor, starts: Tensor) -> Tensor:
-    """rows (N, D), starts (...) -> (..., 96, D): patches are overlapping views of the rows, so one index_select."""
+def gather(rows: Tensor, starts: Tensor, length: int = PATCH_ROWS) -> Tensor:
+    """rows (N, ...), starts (...) -> (..., length, ...): views that overlap, so one index_select."""
     rows = rows.contiguous()
-    shape = (len(rows) - PATCH_ROWS + 1, PATCH_ROWS, rows.shape[1])
-    view = rows.as_strided(shape, (rows.shape[1], rows.shape[1], 1))  # no copy
+    shape = (len(rows) - length + 1, length, *rows.shape[1:])
+    view = rows.as_strided(shape, (rows.stride(0), *rows.stride()))  # no copy
     return view.index_select(0, starts.flatten()).unflatten(0, starts.shape)
 
 
-def gather_plain(rows: Tensor, starts: Tensor) -> Tensor:
-    """The plain twin of `gather`: one patch after the other."""
-    patches = [rows[start : start + PATCH_ROWS] for start in starts.flatten().tolist()]
-    return torch.stack(patches).unflatten(0, starts.shape)
+def gather_plain(rows: Tensor, starts: Tensor, length: int = PATCH_ROWS) -> Tensor:
+    """The plain twin of `gather`: one window after the other."""
+    windows = [rows[start : start + length] for start in starts.flatten().tolist()]
+    return torch.stack(windows).unflatten(0, starts.shape)
 
 
 def _check(track: Track | None) -> None:
@@ -181,15 +189,14 @@ def _check(track: Track | None) -> None:
         raise VacliError("log-mel has a row every 10 ms from 12.5 ms on; these are of another encoder")
 
 
-def _tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a file, read so that no code in it runs. Raises VacliError where there are none."""
+def read_weights(weights: Path) -> Any:
+    """What a .safetensors or a torch file holds; no code in it runs. Raises VacliError where it cannot be read."""
     from safetensors.torch import load_file
 
     try:
         if weights.suffix == ".safetensors":
             return load_file(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+        return torch.load(weights, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's text advises to run what is in there
         raise VacliError(f"refused weights {weights}: they hold more than tensors, or are damaged") from e
     except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file

@@ -814,6 +814,6 @@ def test_a_head_trains_on_imported_features_and_labels_on_clocks_of_their_own(tm
     assert "my.sound" not in run.about["train"]["train/v1"]
     clip = load_clips(store, run.about, "validation")[0]
     assert clip.streams["my.face"].shape == (57, 3)
-    figures = evaluate(run, store)
+    figures = evaluate(run, store).figures
     assert (figures["videos"], figures["frames"]) == (2, 2 * 52)
     assert figures["mean"] > 0.9

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from vacli import VacliError
 from vacli.store import Store, Track
 from vacli.store.interchange import CURVE_HEADER, write_curve_csv
-from vacli.temporal.model import load_preset
-from vacli.temporal.predict import Run, faces_of, finish, open_run, predict, raw_curves
+from vacli.temporal.predict import (
+    Run,
+    face_stream_of,
+    faces_of,
+    finish,
+    open_run,
+    predict,
+    predict_raw,
+    raw_curves,
+)
+from vacli.temporal.preset import WindowSpec, load_preset
+from vacli.temporal.smoothing import Smoothing
 from vacli.temporal.train import train
 from vacli.temporal.windows import Clip, Windows
 
@@ -22,10 +32,17 @@ from .toy_store import make_store, tiny, tracks_of
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("predict")
-    store: Store = make_store(folder / "features.zarr", train=3, validation=1)
-    return train(store, tiny("mamba", epochs=2), runs=folder / "runs", tell=print)
+def store(tmp_path_factory) -> Store:
+    return make_store(tmp_path_factory.mktemp("predict") / "features.zarr", train=3, validation=1)
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory) -> Run:
+    return train(store, tiny("mamba", epochs=2), runs=tmp_path_factory.mktemp("runs"), tell=print)
+
+
+def boxes(valence_s: float, arousal_s: float) -> Smoothing:
+    return {"valence": {"kind": "box", "half_s": valence_s}, "arousal": {"kind": "box", "half_s": arousal_s}}
 
 
 def clip(number: int, rows: int, run: Run) -> Clip:
@@ -66,18 +83,17 @@ def test_a_curve_does_not_depend_on_the_clips_beside_it(run):
 
 
 def test_raw_curves_do_not_depend_on_the_size_of_a_batch(run):
-    windows = Windows([clip(number, 130, run) for number in range(4)], 50, 20)
+    clips, spec = [clip(number, 130, run) for number in range(4)], WindowSpec(length=50, stride=20)
     net = run.network()
-    wanted = raw_curves(net, windows, batch=1)
+    wanted = raw_curves(net, Windows(clips, spec, 1))
     for batch in (2, 7, 1000):
-        for video_id, made in raw_curves(net, windows, batch).items():
+        for video_id, made in raw_curves(net, Windows(clips, spec, batch)).items():
             np.testing.assert_allclose(made.values, wanted[video_id].values, atol=1e-6)
 
 
 def test_without_smoothing_the_raw_curve_is_filled_and_clipped_only(run):
     one = clip(6, 120, run)
-    spec = run.preset.windows
-    raw = raw_curves(run.network(), Windows([one], spec.length, spec.stride))[one.id]
+    raw = raw_curves(run.network(), Windows([one], run.preset.windows, 3))[one.id]
     face = faces_of(one)
     made = predict(run, [one], smooth=False)[one.id]
     assert 0 < face.sum() < 120
@@ -89,7 +105,68 @@ def test_a_network_that_gives_no_numbers_is_one_line(run):
     with torch.no_grad():
         next(net.tasks.parameters()).fill_(float("nan"))
     with pytest.raises(VacliError, match=r"not finite.*train\.lr"):
-        raw_curves(net, Windows([clip(1, 20, run)], 50, 20))
+        raw_curves(net, Windows([clip(1, 20, run)], WindowSpec(length=50, stride=20), 4))
+
+
+def test_rows_that_no_stream_saw_have_finite_values_and_change_no_other_video(run):
+    whole, blind, holed = (clip(number, 130, run) for number in (1, 2, 3))
+    for name, rows in blind.streams.items():
+        blind.streams[name] = np.full_like(rows, np.nan)
+        holed.streams[name] = np.where(np.arange(130)[:, None] % 70 > 40, np.nan, holed.streams[name])
+    curves = predict(run, [whole, blind, holed])
+    for made in curves.values():
+        assert made.values.shape == (130, 2)
+        assert np.abs(made.values).max() <= 1
+    np.testing.assert_allclose(curves["clip1"].values, predict(run, [whole])["clip1"].values, atol=1e-6)
+
+
+def test_a_run_of_whole_videos_predicts_whole_videos(store, tmp_path):
+    """Packed together or alone, and from the first row to the last in one piece."""
+    preset = tiny("mamba", also={"windows.whole": "true"}, epochs=1)
+    run = train(store, preset, runs=tmp_path, tell=print)
+    clips = [clip(1, 130, run), clip(2, 1, run), clip(3, 77, run)]
+    made = predict_raw(run, clips, "cpu")
+    net = run.network()
+    for one in clips:
+        streams = {
+            name: torch.from_numpy(rows.astype(np.float32))[None] for name, rows in one.streams.items()
+        }
+        seen = {name: ~x[..., 0].isnan() for name, x in streams.items()}
+        with torch.inference_mode():
+            wanted = net({name: x.nan_to_num() for name, x in streams.items()}, seen)["va"][0]
+        np.testing.assert_allclose(made[one.id].values, wanted.numpy(), atol=1e-5)
+
+
+# ---- whose rows say where a face is --------------------------------------------------------------------------
+
+
+SOUND = {"track": "wavlm", "rate_hz": 16000}
+VGGISH = {"track": "vggish", "front_end": {"rate_hz": 16000, "bands": 64}}
+FACE = {"track": "mae", "size": 224}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "wanted"),
+    [
+        ([FACE, SOUND], 0),
+        ([SOUND, VGGISH, FACE], 2),
+        ([SOUND, VGGISH], 0),
+        ([SOUND, {"track": "imported"}], 1),
+        ([None, FACE], 0),
+    ],
+)
+def test_the_face_is_looked_for_in_the_first_stream_not_made_from_sound(recipes, wanted):
+    about = {"streams": {f"s{i}": {"recipe": recipe} for i, recipe in enumerate(recipes)}}
+    assert face_stream_of(about) == f"s{wanted}"
+
+
+def test_faces_are_where_their_stream_saw_something():
+    seen, times_s = np.array([True, False, True]), np.arange(3) / 10
+    face = np.where(seen[:, None], 1, np.nan).astype(np.float16)
+    one = Clip("c", times_s, {"sound": np.ones((3, 2), np.float16), "mae": face})
+    assert faces_of(one, "mae").tolist() == seen.tolist()
+    assert faces_of(one).all()  # the first stream, where nobody says which
+    assert faces_of(Clip("c", times_s, {}), "logmel").all()  # read as patches: nothing says where
 
 
 # ---- finishing -----------------------------------------------------------------------------------------------
@@ -98,24 +175,24 @@ def test_a_network_that_gives_no_numbers_is_one_line(run):
 def test_rows_without_a_face_lie_between_their_neighbours_in_time():
     times_s = np.array([0.0, 1.0, 2.0, 5.0, 6.0])
     face = np.array([True, False, False, False, True])
-    made = finish(curve(np.array([0.0, 9, 9, 9, 0.6]), times_s), face, (0, 0))
+    made = finish(curve(np.array([0.0, 9, 9, 9, 0.6]), times_s), face)
     np.testing.assert_allclose(made.values[:, 0], [0, 0.1, 0.2, 0.5, 0.6], atol=1e-6)
 
 
 def test_rows_before_the_first_and_after_the_last_face_hold_its_value():
     face = np.array([False, False, True, True, False])
-    made = finish(curve(np.array([0.9, 0.9, 0.1, 0.3, 0.9])), face, (0, 0))
+    made = finish(curve(np.array([0.9, 0.9, 0.1, 0.3, 0.9])), face)
     np.testing.assert_allclose(made.values[:, 1], [0.1, 0.1, 0.1, 0.3, 0.3], atol=1e-6)
 
 
 def test_a_video_without_any_face_keeps_the_networks_values():
     values = np.array([0.1, -0.4, 0.2])
-    made = finish(curve(values), np.zeros(3, bool), (0, 0))
+    made = finish(curve(values), np.zeros(3, bool))
     np.testing.assert_allclose(made.values[:, 0], values, atol=1e-7)
 
 
 def test_values_never_leave_minus_one_to_one():
-    made = finish(curve(np.array([-3.0, 0.5, 40.0])), np.ones(3, bool), (0, 0.2))
+    made = finish(curve(np.array([-3.0, 0.5, 40.0])), np.ones(3, bool), boxes(0, 0.2))
     assert made.values[:, 0].tolist() == [-1, 0.5, 1]
     assert np.abs(made.values).max() <= 1
 
@@ -139,7 +216,7 @@ def test_smoothing_is_the_mean_within_reach_at_any_frame_rate(rows, half_s):
     values = np.array([value for _, value, _ in rows], np.float32)
     face = np.array([seen for _, _, seen in rows])
     face[0] |= not face.any()
-    made = finish(curve(values, times_s), face, (half_s, half_s))
+    made = finish(curve(values, times_s), face, boxes(half_s, half_s))
     wanted = smooth_by_a_plain_loop(values.astype(np.float64), times_s, face, half_s)
     np.testing.assert_allclose(made.values[face, 0], wanted, atol=1e-6)
 
@@ -148,15 +225,15 @@ def test_smoothing_reaches_over_a_hole_shorter_than_itself_and_not_over_a_longer
     face = np.ones(11, bool)
     face[3:8] = False  # nobody for 0.6 s
     values = np.array([0, 0, 0, 9, 9, 9, 9, 9, 0.8, 0.8, 0.8])
-    short = finish(curve(values), face, (0.4, 0.4))
+    short = finish(curve(values), face, boxes(0.4, 0.4))
     np.testing.assert_allclose(short.values[[0, 1, 2, 8, 9, 10], 0], [0, 0, 0, 0.8, 0.8, 0.8], atol=1e-6)
-    far = finish(curve(values), face, (0.6, 0.6))
+    far = finish(curve(values), face, boxes(0.6, 0.6))
     np.testing.assert_allclose(far.values[[2, 8], 0], [0.2, 0.6], atol=1e-6)
 
 
 def test_valence_and_arousal_are_smoothed_each_by_its_own():
     values = np.array([0, 0, 0.9, 0, 0])
-    made = finish(curve(values), np.ones(5, bool), (0, 0.1))
+    made = finish(curve(values), np.ones(5, bool), boxes(0, 0.1))
     np.testing.assert_allclose(made.values[:, 0], values, atol=1e-7)
     np.testing.assert_allclose(made.values[:, 1], [0, 0.3, 0.3, 0.3, 0], atol=1e-6)
 
@@ -214,6 +291,31 @@ def test_weights_that_are_missing_cut_or_of_another_network_are_one_line(run, tm
         assert "\n" not in str(e.value)
 
 
+def test_an_old_run_keeps_the_boxes_it_chose(tmp_path):
+    about = {"preset": load_preset("linear").model_dump()}
+    assert Run(tmp_path, {**about, "smooth_s": [0.2, 1.6]}).smoothing == boxes(0.2, 1.6)
+    assert Run(tmp_path, {**about, "smoothing": boxes(0.4, 0)}).smoothing == boxes(0.4, 0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        [1, 2],
+        "none",
+        {"valence": {"kind": "box", "half_s": 1}},
+        {**boxes(0, 0), "arousal": {"kind": "median", "half_s": 1}},
+        {**boxes(0, 0), "arousal": {"kind": "box", "half_s": -1}},
+        {**boxes(0, 0), "arousal": {"kind": "box", "half_s": float("nan")}},
+        {**boxes(0, 0), "arousal": {"kind": ["box"], "half_s": 1}},
+    ],
+)
+def test_a_smoothing_that_is_none_is_one_line(tmp_path, odd):
+    with pytest.raises(VacliError, match=r"run\.json: smoothing is .*wanted.*kind") as e:
+        _ = Run(tmp_path, {"smoothing": odd}).smoothing
+    assert "\n" not in str(e.value)
+
+
 # ---- the file ------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +328,18 @@ def test_a_curve_file_has_a_line_for_every_frame_counted_from_one(tmp_path):
         b"frame,time_s,valence,arousal,face\n1,0.020000,0.500000,-1.000000,1\n2,0.060000,0.250000,0.333333,0\n"
     )
     assert [p.name for p in path.parent.iterdir()] == ["clip.csv"]
+
+
+def test_the_spread_of_an_ensemble_stands_in_two_more_columns(tmp_path):
+    track = Track(np.array([[0.5, -1], [0.25, 1 / 3]], np.float32), np.array([0.02, 0.06]))
+    write_curve_csv(tmp_path / "c.csv", track, np.ones(2, bool), np.array([[0.125, 0], [0.03125, 1]]))
+    assert (tmp_path / "c.csv").read_text().splitlines() == [
+        "frame,time_s,valence,arousal,face,valence_std,arousal_std",
+        "1,0.020000,0.500000,-1.000000,1,0.125000,0.000000",
+        "2,0.060000,0.250000,0.333333,1,0.031250,1.000000",
+    ]
+    with pytest.raises(ValueError, match="shorter"):
+        write_curve_csv(tmp_path / "c.csv", track, np.ones(2, bool), np.zeros((1, 2)))
 
 
 def test_a_curve_without_rows_is_a_header(tmp_path):

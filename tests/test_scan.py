@@ -1,5 +1,6 @@
 """The two twins of the selective scan: golden values, and agreement with each other."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,10 @@ def random_inputs(batch, dims, states, rows, dtype=torch.float64, seed=0):
     return {name: v.requires_grad_() for name, v in x.items()}
 
 
-def values_and_gradients(scan, inputs):
+def values_and_gradients(scan, inputs, resets=None):
     """Both results and the gradient of every input, for a weight on the last state too."""
     leaves = {name: v.detach().clone().requires_grad_() for name, v in inputs.items()}
-    out, state = scan(**leaves, delta_softplus=True, return_last_state=True)
+    out, state = scan(**leaves, delta_softplus=True, return_last_state=True, resets=resets)
     (out.sin().sum() + (state * 3).cos().sum()).backward()
     return {"out": out, "state": state} | {name: v.grad for name, v in leaves.items()}
 
@@ -62,15 +63,45 @@ def test_values_and_gradients_are_those_of_mamba_ssm(scan, name, dtype):
     states=st.integers(1, 9),
     rows=st.integers(1, 40),
     chunk=st.integers(1, 40),
+    packed=st.booleans(),
 )
-def test_twins_agree_for_any_shape_and_chunk(batch, dims, states, rows, chunk):
+def test_twins_agree_for_any_shape_chunk_and_resets(batch, dims, states, rows, chunk, packed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vacli.temporal.scan._CHUNK_VALUES", 0)
         patch.setattr("vacli.temporal.scan._CHUNK_ROWS_MIN", chunk)
         inputs = random_inputs(batch, dims, states, rows, seed=rows)
-        fast, plain = (values_and_gradients(scan, inputs) for scan in TWINS)
+        resets = torch.rand(batch, rows, generator=torch.Generator().manual_seed(chunk)) < 0.3
+        fast, plain = (values_and_gradients(scan, inputs, resets if packed else None) for scan in TWINS)
     for key in plain:
         torch.testing.assert_close(fast[key], plain[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("scan", TWINS)
+def test_packed_videos_are_as_each_alone(scan):
+    """Lines of videos of 5, 1 and 14 rows, and of 12 and 8: values, and gradients of a loss over all."""
+    inputs = random_inputs(2, 3, 4, 20)
+    ends = [[0, 5, 6, 20], [0, 12, 20]]
+    resets = torch.zeros(2, 20, dtype=torch.bool)
+    alone = {name: torch.zeros_like(v) for name, v in inputs.items()}
+    outs = torch.zeros(2, 3, 20, dtype=torch.float64)
+    for line, borders in enumerate(ends):
+        for first, end in pairwise(borders):
+            resets[line, first] = True
+            where = (slice(line, line + 1), slice(None), slice(first, end))
+            leaves = {
+                k: v.detach()[where if v.ndim == 3 else ...].clone().requires_grad_()
+                for k, v in inputs.items()
+            }
+            out = scan(**leaves, delta_softplus=True)
+            out.sin().sum().backward()
+            outs[where] = out.detach()
+            for name, leaf in leaves.items():
+                alone[name][where if leaf.ndim == 3 else ...] += leaf.grad
+    packed = scan(**inputs, delta_softplus=True, resets=resets)
+    packed.sin().sum().backward()
+    torch.testing.assert_close(packed, outs, rtol=1e-12, atol=1e-12)
+    for name, v in inputs.items():
+        torch.testing.assert_close(v.grad, alone[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_twins_agree_where_long_steps_would_underflow_a_cumulative_sum():
@@ -100,6 +131,15 @@ def test_values_are_the_same_without_gradients(mode):
         out = selective_scan(**inputs)
     assert not out.requires_grad
     torch.testing.assert_close(out, selective_scan_ref(**inputs).detach())
+
+
+@pytest.mark.parametrize("scan", TWINS)
+def test_autocast_does_not_reach_the_state(scan):
+    inputs = random_inputs(2, 3, 4, 17, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = scan(**inputs, delta_softplus=True, return_last_state=True)
+    wanted = scan(**inputs, delta_softplus=True, return_last_state=True)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_half_precision_is_computed_in_float32():

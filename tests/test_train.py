@@ -1,4 +1,4 @@
-"""Training: the same twice, the same through any interruption, on the right videos; and what it refuses."""
+"""Training: the same twice, the same through any interruption, in every mode; what it learns, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vacli import VacliError
-from vacli.store import Store, Track, folder_name
-from vacli.store.labels import ccc
+from vacli.store import Store
+from vacli.temporal import fitting
 from vacli.temporal import train as training
-from vacli.temporal.evaluate import choose_smoothing, evaluate, figures, load_clips
-from vacli.temporal.model import Preset
-from vacli.temporal.predict import SMOOTH_CHOICES_S, Run, finish, predict
-from vacli.temporal.train import train, va_loss
-from vacli.temporal.windows import Clip
+from vacli.temporal.evaluate import evaluate, figures, load_clips
+from vacli.temporal.predict import Run, open_run, predict
+from vacli.temporal.preset import Preset
+from vacli.temporal.train import train
 
-from .toy_store import ROWS, add_video, make_store, recipe, tiny, tracks_of
+from .toy_store import ROWS, add_video, make_store, real_logmel, recipe, tiny
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def metrics(run: Run) -> list[dict]:
 def assert_same(run: Run, other: Run) -> None:
     assert weights(run) == weights(other)
     assert metrics(run) == metrics(other)
-    for key in ("figures", "smooth_s", "settings", "train", "validation"):
+    for key in ("figures", "smoothing", "settings", "train", "validation"):
         assert run.about[key] == other.about[key]
 
 
@@ -78,14 +79,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(store, run, t
 
 
 def test_a_finished_run_holds_what_is_needed_and_nothing_else(run):
-    assert {p.name for p in run.path.iterdir()} == {"run.json", "weights.safetensors", "metrics.jsonl"}
+    names = {
+        p.name for p in run.path.iterdir() if not p.name.startswith("events.out.tfevents")
+    }  # TensorBoard's
+    assert names == {"run.json", "weights.safetensors", "metrics.jsonl"}
     assert [line["epoch"] for line in metrics(run)] == [1, 2, 3]
     assert run.about["versions"]["torch"] == torch.__version__
+    assert run.about["device"].startswith("cpu") or torch.cuda.is_available()
     assert run.about["streams"]["mae"]["recipe"] == recipe("mae")
 
 
 def test_a_finished_run_is_not_trained_again(store, run, monkeypatch):
-    monkeypatch.setattr(training, "_fit", None)
+    monkeypatch.setattr(training, "_Training", None)
     told: list[str] = []
     again = train(store, tiny("mamba"), runs=run.path.parent, name="whole", tell=told.append)
     assert again.about == run.about
@@ -102,33 +107,54 @@ class Interrupted(Exception):
     pass
 
 
-def test_interrupted_at_any_line_and_resumed_it_is_the_same_run(store, run, tmp_path):
-    lines = 0
-    for stop_at in range(1, 10):
-        lines = 0
+def stop_at(beginning: str) -> Callable[[str], None]:
+    def tell(line: str) -> None:
+        if line.startswith(beginning):
+            raise Interrupted
 
-        def tell(line: str, stop_at: int = stop_at) -> None:
-            nonlocal lines
-            lines += 1
-            if lines == stop_at:
-                raise Interrupted
+    return tell
 
-        try:
-            train(store, tiny("mamba"), runs=tmp_path, name=str(stop_at), tell=tell)
-        except Interrupted:
-            told: list[str] = []
-            assert_same(train(store, tiny("mamba"), runs=tmp_path, name=str(stop_at), tell=told.append), run)
-            assert len([line for line in told if line.startswith("epoch")]) == 3 - max(0, stop_at - 1)
-        else:
-            break
-    assert lines == 4  # one before, one for each epoch: each was interrupted once
+
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("mamba", {}),
+    "ema, bfloat16, modality dropout": (
+        "mamba",
+        {"ema": 0.9, "precision": "bfloat16", "modality_dropout": 0.4},
+    ),
+    "plateau": (
+        "linear",
+        {"schedule": "plateau", "plateau_patience": 0, "lr": 0.5, "ema": 0.5, "warmup_epochs": 0},
+    ),
+    "alone": ("mamba", {"alone_epochs": 2, "epochs": 2, "ccc": "sequence", "mse": 0.1}),
+    "whole videos": ("mamba", {"also": {"windows.whole": "true"}, "ccc": "sequence", "optimizer": "adam"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_after_every_epoch_and_resumed_it_is_the_same_run(store, tmp_path, mode):
+    head, how = MODES[mode]
+    preset = tiny(head, **how)
+    whole = train(store, preset, runs=tmp_path, name="whole", tell=lambda line: None)
+    stops = ["training", *["alone"] * preset.train.alone_epochs, *["epoch"] * preset.train.epochs]
+
+    def tell(line: str) -> None:
+        if line.startswith(stops[0]):
+            stops.pop(0)
+            raise Interrupted
+
+    while stops:
+        with pytest.raises(Interrupted):
+            train(store, preset, runs=tmp_path, name="stopped", tell=tell)
+    told: list[str] = []
+    assert_same(train(store, preset, runs=tmp_path, name="stopped", tell=told.append), whole)
+    assert not [line for line in told if line.startswith(("epoch", "alone"))]  # only the end was left
 
 
 def test_killed_between_any_two_files_and_resumed_it_is_the_same_run(store, tmp_path, monkeypatch):
     """Every write of a run folder fails once, before it and (for appended lines) half-way through it."""
     writes = 0
     stop_at: int | None = None
-    replace, append = training._replace, training._append
+    replace, append = training.replace_file, training._append
 
     def counted(half: bool, write, path: Path, data) -> None:
         nonlocal writes
@@ -140,12 +166,12 @@ def test_killed_between_any_two_files_and_resumed_it_is_the_same_run(store, tmp_
             raise Interrupted
         write(path, data)
 
-    monkeypatch.setattr(training, "_replace", lambda path, data: counted(False, replace, path, data))
+    monkeypatch.setattr(training, "replace_file", lambda path, data: counted(False, replace, path, data))
     monkeypatch.setattr(training, "_append", lambda path, line: counted(True, append, path, line))
-    preset = tiny("mamba", epochs=2)
+    preset = tiny("mamba", alone_epochs=1, epochs=1, ema=0.9)
     run = train(store, preset, runs=tmp_path, name="counting", tell=lambda line: None)
     every = writes
-    assert every >= 2 + 2 * 2 + 1
+    assert every == 2 + 2 * 2 + 1 + 1  # record, metrics; two an epoch; the best weights; the record
     for stop in range(1, every + 1):
         name = f"stopped{stop}"
         writes, stop_at = 0, stop
@@ -157,27 +183,28 @@ def test_killed_between_any_two_files_and_resumed_it_is_the_same_run(store, tmp_
 
 def test_killed_while_training_and_resumed_it_is_the_same_run(store, tmp_path):
     script = (
-        "import sys; from vacli.store import Store; from vacli.temporal.model import check_preset;"
+        "import sys; from vacli.store import Store; from vacli.temporal.preset import check_preset;"
         "from vacli.temporal.train import train; import json;"
         "train(Store(sys.argv[1]), check_preset(json.loads(sys.argv[2]), ''), runs=sys.argv[3], name='killed',"
         " tell=lambda line: print(line, flush=True))"
     )
-    preset = tiny("mamba", epochs=12)
+    preset = tiny("mamba", epochs=5, alone_epochs=2, ema=0.9, precision="bfloat16", modality_dropout=0.3)
     given = [str(store.path), json.dumps(preset.model_dump()), str(tmp_path)]
     child = subprocess.Popen([sys.executable, "-c", script, *given], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     with child.stdout:
         for line in child.stdout:
-            if line.startswith("epoch 3"):
+            if line.startswith("epoch 2"):
                 break
         os.kill(child.pid, signal.SIGKILL)  # somewhere in a later epoch
     assert child.wait() == -signal.SIGKILL
     with pytest.raises(VacliError, match="not finished"):
-        training.open_run("killed", tmp_path)
+        open_run("killed", tmp_path)
     told: list[str] = []
     killed = train(store, preset, runs=tmp_path, name="killed", tell=told.append)
     assert told[0].startswith("going on with")
-    assert [line["epoch"] for line in metrics(killed)] == list(range(1, 13))
+    assert [line["epoch"] for line in metrics(killed)] == [1, 2, *range(1, 6)]
+    assert [line.get("stage") for line in metrics(killed)] == ["alone"] * 2 + [None] * 5
     assert_same(killed, train(store, preset, runs=tmp_path, name="whole", tell=told.append))
     assert not [p.name for p in killed.path.iterdir() if p.name.startswith((".", "last"))]
 
@@ -189,12 +216,8 @@ def test_a_run_folder_that_cannot_be_read_is_one_line(store, tmp_path):
         (tmp_path / "runs" / "broken" / "run.json").write_text(text)
         assert "run.json" in refusal(store, preset, tmp_path, name="broken")
 
-    def stop(line: str) -> None:
-        if line.startswith("epoch 1"):
-            raise Interrupted
-
     with pytest.raises(Interrupted):
-        train(store, preset, runs=tmp_path / "runs", name="cut", tell=stop)
+        train(store, preset, runs=tmp_path / "runs", name="cut", tell=stop_at("epoch 1"))
     state = tmp_path / "runs" / "cut" / "last.pt"
     whole = state.read_bytes()
     for damaged in (b"", whole[:1000], b"x" * 5000):
@@ -251,8 +274,8 @@ def test_it_stops_when_nothing_gets_better_and_keeps_the_best(store, tmp_path):
 def test_the_best_epoch_is_kept_not_the_last(store, tmp_path):
     run = train(store, tiny("linear", lr=0.5, warmup_epochs=0, epochs=8), runs=tmp_path, tell=print)
     best = max(metrics(run), key=lambda line: line["ccc"]["mean"])
-    unsmoothed = evaluate(run, store, smooth=False)
-    assert {key: unsmoothed[key] for key in best["ccc"]} == pytest.approx(best["ccc"], abs=1e-12)
+    clips = load_clips(store, run.about, "validation")
+    assert figures(predict(run, clips, smooth=False), clips) == best["ccc"]
 
 
 def test_diverging_is_one_line_that_names_the_learning_rate(store, tmp_path):
@@ -261,219 +284,14 @@ def test_diverging_is_one_line_that_names_the_learning_rate(store, tmp_path):
     assert "train.lr, now 1e+30" in told
 
 
-def test_a_batch_without_labels_gives_loss_2_and_a_zero_gradient():
-    predicted = torch.randn(2, 5, 2, requires_grad=True)
-    loss = va_loss(predicted, torch.zeros(2, 5, 2), torch.zeros(2, 5, dtype=torch.bool))
-    loss.backward()
-    assert loss.item() == 2
-    assert torch.equal(predicted.grad, torch.zeros(2, 5, 2))
-
-
-def test_the_loss_is_two_less_the_ccc_of_the_labelled_rows():
-    torch.manual_seed(0)
-    predicted, labels = torch.randn(2, 50, 2), torch.randn(2, 50, 2)
-    labelled = torch.rand(2, 50) < 0.5
-    rows = [x[labelled].double().numpy() for x in (predicted, labels)]
-    wanted = 2 - ccc(*rows, np.ones((int(labelled.sum()), 1))).sum()
-    assert va_loss(predicted, labels, labelled).item() == pytest.approx(wanted, abs=1e-6)
-    junk = labels.masked_fill(~labelled[..., None], 1e6)
-    assert va_loss(predicted, junk, labelled).item() == pytest.approx(wanted, abs=1e-6)
-
-
-def test_what_mamba_remembers_with_does_not_decay(store, tmp_path):
-    decay_only = tiny("mamba", lr=1e-30, weight_decay=1e29, warmup_epochs=0, epochs=1)  # 10 % a step at first
-    trained = load_file(train(store, decay_only, runs=tmp_path, tell=print).path / "weights.safetensors")
-    began = torch.arange(1.0, 5).log().repeat(8, 1)
-    torch.testing.assert_close(trained["decode.2.mixers.0.A_log"], began, atol=1e-9, rtol=0)
-    assert torch.equal(trained["decode.2.mixers.0.D"], torch.ones(8))
-    assert (trained["decode.2.norms.0.weight"] < 0.95).all()  # began as ones
-
-
-def test_the_learning_rate_goes_up_in_a_line_and_down_in_half_a_cosine():
-    share = training._warmup_cosine
-    assert 0 < share(0, 5, 50) < 0.001
-    assert share(2.5, 5, 50) == pytest.approx(0.5, abs=1e-3)
-    assert share(5, 5, 50) == 1
-    assert share(27.5, 5, 50) == pytest.approx(0.5)
-    assert share(50, 5, 50) == pytest.approx(0)
-    assert share(0, 0, 50) == 1
-    assert share(0, 1e-4, 50) == 1  # never above
-    assert share(2, 5, 3) == pytest.approx(0.4, abs=1e-3)  # a warm-up longer than the training
-    values = [share(epoch / 100, 5, 50) for epoch in range(5000)]
-    assert max(values) == 1
-    assert min(values) > 0
-
-
-# ---- which videos --------------------------------------------------------------------------------------------
-
-
-def test_a_video_that_lacks_a_stream_is_used_with_it_missing(tmp_path):
-    store = make_store(tmp_path / "s.zarr", train=2, validation=1)
-    no_sound = add_video(store, 20, names=("mae", "label.va"))
-    no_face = add_video(store, 21, names=("logmel", "label.va"))
-    nothing = add_video(store, 22, names=("label.va",))
-    unlabelled = add_video(store, 23, names=("mae", "logmel"))
-    told: list[str] = []
-    run = train(store, tiny("linear", epochs=1), runs=tmp_path, tell=told.append)
-    assert set(run.about["train"]) == {"v00", "v01", no_sound, no_face}
-    assert not {nothing, unlabelled} & run.about["validation"].keys()
-    assert told[0].startswith("2 of 7 videos are left out")
-    clips = {c.id: c for c in load_clips(store, run.about, "train")}
-    assert np.isnan(clips[no_sound].streams["logmel"]).all()
-    assert np.isnan(clips[no_face].streams["mae"]).all()
-    assert clips[no_face].streams["logmel"].shape == (ROWS, 4)  # a row for a frame, not for a row of sound
-    np.testing.assert_array_equal(clips[no_face].times_s, tracks_of(21)["label.va"].times_s)
-
-
-def test_test_videos_never_train_nor_judge(tmp_path):
-    store = make_store(tmp_path / "s.zarr", train=2, validation=1)
-    kept_away = add_video(store, 30, split="test")
-    run = train(store, tiny("linear", epochs=1), runs=tmp_path, tell=print)
-    assert (set(run.about["train"]), set(run.about["validation"])) == ({"v00", "v01"}, {"v02"})
-    assert kept_away not in json.dumps(run.about)
-
-
-def test_without_a_validation_set_a_seeded_fifth_is_held_out():
-    names: dict[str, str | None] = {f"v{i}": None for i in range(20)}
-    told: list[str] = []
-    first = training._splits(names, 0, told.append)
-    assert len(first["validation"]) == 4
-    assert set(first["train"]).isdisjoint(first["validation"])
-    assert set(first["train"]) | set(first["validation"]) == set(names)
-    backwards = dict(reversed(names.items()))
-    assert training._splits(backwards, 0, told.append) == first
-    assert training._splits(names, 1, told.append) != first
-    assert "held out 4 of 20 videos by seed 0" in told[0]
-
-
-def test_the_data_sets_own_split_is_kept():
-    names: dict[str, str | None] = {"a": "train", "b": "validation", "c": None}
-    assert training._splits(names, 0, print) == {"train": ["a", "c"], "validation": ["b"]}
-
-
-def mixed(path: Path) -> Store:
-    """Two videos for each of two ways `mae` was made."""
-    store = Store(path, create=True)
-    for number in range(6):
-        add_video(
-            store, number, "train" if number % 3 else "validation", made_by="old" if number < 3 else "new"
-        )
-    return store
-
-
-def test_streams_made_in_two_ways_are_refused_until_one_is_chosen(tmp_path):
-    store = mixed(tmp_path / "s.zarr")
-    told = refusal(store, tiny("linear", ["mae"]), tmp_path)
-    for made_by in ("old", "new"):
-        folder = folder_name(recipe("mae", made_by))
-        assert f"--stream {folder}" in told
-        for chosen in (folder, folder[:10]):  # the digits as told, or the first few of them
-            run = train(store, tiny("linear", [chosen], epochs=2), runs=tmp_path, tell=print)
-            assert set(run.about["train"]) == ({"v01", "v02"} if made_by == "old" else {"v04", "v05"})
-            assert list(run.dims) == [chosen]
-            found = evaluate(run, store)
-            assert {key: found[key] for key in run.about["figures"]} == run.about["figures"]
-            curves = predict(run, load_clips(store, run.about, "validation"))
-            assert [len(curve) for curve in curves.values()] == [ROWS]
-
-
-def test_digits_nobody_has_list_those_there_are(tmp_path):
-    store = mixed(tmp_path / "s.zarr")
-    told = refusal(store, tiny("linear", ["mae@ffff"]), tmp_path)
-    assert "mae@ffff" in told
-    assert folder_name(recipe("mae", "old")) in told
-
-
-def test_what_cannot_be_trained_on_is_one_line_with_the_mend(tmp_path):
-    store = Store(tmp_path / "s.zarr", create=True)
-    assert "none of the 0 videos" in refusal(store, tiny("linear"), tmp_path)
-    add_video(store, 0, names=("mae", "logmel"))
-    assert "none of the 1 videos" in refusal(store, tiny("linear"), tmp_path)
-    add_video(store, 0)
-    told = refusal(store, tiny("linear"), tmp_path)
-    assert "1 labelled video" in told
-    assert "at least one to train on" in told
-    add_video(store, 1, split="validation")
-    told = refusal(store, tiny("linear", ["mea"]), tmp_path)
-    assert "track mea" in told
-    assert "there are logmel, mae:" in told
-    assert "--encoder mea" in told
-    assert "one width" in refusal(store, tiny("linear").model_copy(update={"fuse": "sum"}), tmp_path)
-    assert not (tmp_path / "runs").exists()  # nothing was begun
-
-
-def test_labels_that_say_nothing_are_refused_before_training(tmp_path):
-    store = make_store(tmp_path / "s.zarr", train=1, validation=0)
-    blank = Track(np.full((ROWS, 2), np.nan, np.float32), tracks_of(0)["mae"].times_s)
-    other = {"track": "label.va", "version": 1}
-    store.put(other, "ab" * 32, blank)
-    mae = store.videos()["v00"]["tracks"]["mae"]
-    facts = {"root": "toy", "media": "ab" * 32, "split": "validation"}
-    store.link("blank", facts, {"mae": mae, "label.va": {"folder": folder_name(other), "media": "ab" * 32}})
-    assert "the validation videos have no valid label" in refusal(store, tiny("linear"), tmp_path)
-
-
-def test_labels_made_in_two_ways_are_refused_without_naming_an_option_that_is_none(tmp_path):
-    store = make_store(tmp_path / "s.zarr", train=1, validation=1)
-    other = {"track": "label.va", "version": 2}
-    store.put(other, "00" * 32, tracks_of(0)["label.va"])
-    facts = {"root": "toy", "media": "00" * 32, "split": "train"}
-    store.link("v00", facts, {"label.va": {"folder": folder_name(other), "media": "00" * 32}})
-    told = refusal(store, tiny("linear"), tmp_path)
-    assert "label.va was made in 2 different ways" in told
-    assert "--stream" not in told
-
-
 # ---- judging -------------------------------------------------------------------------------------------------
 
 
 def test_evaluating_gives_the_figures_of_training_every_time(store, run):
-    for found in (evaluate(run, store), evaluate(run, store)):
+    for found in (evaluate(run, store).figures, evaluate(run, store).figures):
         assert {key: found[key] for key in run.about["figures"]} == run.about["figures"]
         assert found["videos"] == 3
         assert found["frames"] == 3 * (ROWS - math.ceil(ROWS / 13))
-
-
-def test_figures_are_the_ccc_of_all_rows_behind_each_other():
-    rng = np.random.default_rng(0)
-    clips, curves = [], {}
-    for number, rows in enumerate((30, 70)):
-        labels = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
-        labels[::4] = np.nan
-        clips.append(Clip(f"{number}", np.arange(rows) / 10.0, {}, labels))
-        curves[f"{number}"] = Track(rng.uniform(-1, 1, (rows, 2)).astype(np.float32), clips[-1].times_s)
-    clips.append(Clip("unlabelled", np.arange(5) / 10.0, {}, None))
-    x = np.concatenate([curves[c.id].values for c in clips[:2]]).astype(np.float64)
-    y = np.concatenate([c.labels for c in clips[:2]]).astype(np.float64)
-    x, y = x[~np.isnan(y[:, 0])], y[~np.isnan(y[:, 0])]
-    valence, arousal = ccc(x, y, np.ones((len(x), 1)))
-    assert figures(curves, clips) == {
-        "valence": valence,
-        "arousal": arousal,
-        "mean": (valence + arousal) / 2,
-    }
-    with pytest.raises(VacliError, match="no valid label"):
-        figures(curves, [Clip("0", clips[0].times_s, {}, np.full((30, 2), np.nan, np.float32))])
-
-
-def test_the_smoothing_chosen_is_the_best_on_these_videos():
-    rng = np.random.default_rng(1)
-    times_s = np.arange(600) / 10.0
-    slow, fast = np.sin(times_s / 5), np.sin(times_s * 8)
-    labels = np.stack([slow, fast], axis=1).astype(np.float32)
-    noisy = labels + rng.normal(0, (1.0, 0.02), labels.shape).astype(np.float32)
-    clips = [Clip("a", times_s, {"mae": np.ones((600, 3), np.float16)}, labels)]
-    raw = {"a": Track(noisy.astype(np.float32), times_s)}
-    found = choose_smoothing(raw, clips)
-    faces = np.ones(600, bool)
-    tried = [figures({"a": finish(raw["a"], faces, (s, s))}, clips) for s in SMOOTH_CHOICES_S]
-    best = [
-        max(zip(SMOOTH_CHOICES_S, tried, strict=True), key=lambda pair: pair[1][key])[0]
-        for key in ("valence", "arousal")
-    ]
-    assert list(found) == best
-    assert found[0] > 0.5
-    assert found[1] == 0
 
 
 def test_a_missing_feature_is_named_with_the_mend(store, run, tmp_path):
@@ -486,3 +304,205 @@ def test_a_missing_feature_is_named_with_the_mend(store, run, tmp_path):
     for number in range(9):
         copy.drop(copy.entry_of(recipe("mae"), f"{number:02}" * 32))
     assert "vacli extract" in refusal(copy, tiny("mamba"), tmp_path)
+
+
+# ---- where the weights begin ---------------------------------------------------------------------------------
+
+
+def first_weights(
+    store: Store, preset: Preset, runs: Path, told: list[str], **how: Any
+) -> dict[str, torch.Tensor]:
+    """The weights after an epoch in which nothing moves."""
+    still = preset.model_copy(
+        update={"train": preset.train.model_copy(update={"lr": 1e-30, "weight_decay": 0.0})}
+    )
+    run = train(store, still, runs=runs, name=f"still{len(list(runs.iterdir()))}", tell=told.append, **how)
+    return load_file(run.path / "weights.safetensors")
+
+
+def test_it_starts_from_the_weights_of_a_run_or_of_a_file(store, run, tmp_path):
+    trained = load_file(run.path / "weights.safetensors")
+    shutil.copytree(run.path, tmp_path / "before")
+    shutil.copy(run.path / "weights.safetensors", tmp_path / "any.safetensors")
+    for init_from in ("before", str(run.path), str(tmp_path / "any.safetensors")):
+        told: list[str] = []
+        found = first_weights(store, tiny("mamba", epochs=1, init_from=init_from), tmp_path, told, seed=3)
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(found[name], trained[name]) for name in found)
+        assert told[0].startswith(f"{len(trained)} of the network's {len(trained)} tensors come from")
+
+
+def test_of_weights_to_start_from_those_that_fit_are_taken(store, run, tmp_path):
+    trained = load_file(run.path / "weights.safetensors")
+    wider = tiny("mamba", epochs=1, init_from=str(run.path), also={"tasks.va.hidden": "16"})
+    told: list[str] = []
+    found = first_weights(store, wider, tmp_path, told, seed=3)
+    other = {name for name in found if name.startswith("tasks.")} - {"tasks.va.2.bias"}
+    assert f"{len(found) - len(other)} of the network's {len(found)} tensors" in told[0]
+    assert all(torch.equal(found[name], trained[name]) for name in found.keys() - other)
+
+
+def test_weights_to_start_from_that_are_none_are_one_line(store, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
+    save_file({"mine": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    for init_from, why in (
+        ("nowhere", "neither a run, here or in"),
+        ("mamba", "neither a run, here or in"),  # a head's newest run is another one tomorrow
+        (str(tmp_path / "broken.safetensors"), "broken.safetensors"),
+        (str(tmp_path / "foreign.safetensors"), "foreign.safetensors"),
+    ):
+        assert why in refusal(store, tiny("mamba", init_from=init_from), tmp_path)
+    assert not list((tmp_path / "runs").glob("*"))  # nothing was begun
+
+
+def test_a_published_checkpoint_gives_what_has_a_place_here(store, tmp_path, monkeypatch):
+    net = training.Network(tiny("mamba"), {"mae": 8, "logmel": 4})
+    given = {"tasks.va.2.bias": torch.tensor([0.25, -0.5]), "decode.9.odd": torch.zeros(2)}
+    monkeypatch.setattr(training, "read_charon", lambda file: given)
+    told: list[str] = []
+    training.start_from(net, tmp_path / "published.pth", told.append)
+    assert net.state_dict()["tasks.va.2.bias"].tolist() == [0.25, -0.5]
+    assert told[0].startswith(f"1 of the network's {len(net.state_dict())} tensors")
+    given.pop("tasks.va.2.bias")
+    with pytest.raises(VacliError, match=r"none of its 1 tensors"):
+        training.start_from(net, tmp_path / "published.pth", told.append)
+
+
+def test_other_weights_to_start_from_are_other_settings(store, tmp_path):
+    file = tmp_path / "w.safetensors"
+    preset, names = tiny("linear", epochs=1, init_from=str(file)), []
+    for value in (0.0, 1.0):
+        save_file({"tasks.va.bias": torch.full((2,), value)}, file)
+        run = train(store, preset, runs=tmp_path / "runs", tell=lambda line: None)
+        names.append(run.path.name)
+        assert run.about["started_from"]["train.init_from"]["file"] == str(file)
+    assert names[0] != names[1]
+
+
+def test_a_vgg_takes_its_weights_once_and_reads_patches(tmp_path, monkeypatch):
+    store = Store(tmp_path / "s.zarr", create=True)
+    for number in range(3):
+        split = "validation" if number == 2 else "train"
+        add_video(store, number, split, rows=40, instead={"logmel": real_logmel(number, 40)})
+    started: list[int] = []
+    monkeypatch.setattr(training.Network, "start_vgg", lambda net: started.append(1))
+    also = {"encode.logmel": "{vgg = {width = 0.05}, blocks = [{linear = {dim = 8}}]}"}
+    preset = tiny("mamba", also=also | {"windows.length": "10", "windows.stride": "10"}, epochs=2)
+    with pytest.raises(Interrupted):
+        train(store, preset, runs=tmp_path, name="vgg", tell=stop_at("epoch 1"))
+    run = train(store, preset, runs=tmp_path, name="vgg", tell=lambda line: None)
+    assert started == [1]
+    assert_same(train(store, preset, runs=tmp_path, name="again", tell=lambda line: None), run)
+
+
+# ---- what is said, shown and refused -------------------------------------------------------------------------
+
+
+def test_a_second_trainer_in_a_run_folder_is_refused(store, tmp_path):
+    preset, told = tiny("linear", epochs=1), []
+
+    def tell(line: str) -> None:
+        if line.startswith("epoch 1"):
+            told.append(refusal(store, preset, tmp_path, name="one"))
+
+    first = train(store, preset, runs=tmp_path / "runs", name="one", tell=tell)
+    assert "one is being trained by another process" in told[0]
+    assert train(store, preset, runs=tmp_path / "runs", name="one", tell=told.append).about == first.about
+
+
+def test_windows_longer_than_every_video_are_cut_and_that_is_said(store, tmp_path):
+    told: list[str] = []
+    longer = tiny("linear", epochs=1, also={"windows.length": "1000", "windows.stride": "1000"})
+    train(store, longer, runs=tmp_path, tell=told.append)
+    assert (
+        told[0] == f"windows of 1000 rows are longer than every training video: they are cut to {ROWS} rows"
+    )
+    whole = tiny("linear", epochs=1, also={"windows.length": "1000", "windows.whole": "true"})
+    train(store, whole, runs=tmp_path, tell=told.append)
+    assert len([line for line in told if "are cut" in line]) == 1
+
+
+def test_float16_wants_a_gpu_and_nothing_is_begun(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "best_device", lambda: torch.device("cpu"))
+    assert "set bfloat16 or float32" in refusal(store, tiny("linear", precision="float16"), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_out_of_memory_says_what_to_set_and_loses_nothing(store, tmp_path, monkeypatch):
+    preset, steps = tiny("linear", epochs=3), 0
+    whole = train(store, preset, runs=tmp_path, name="whole", tell=lambda line: None)
+    step = fitting.Fit._step
+
+    def full(fit: fitting.Fit, batch: Any, rate: float) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(fit, batch, rate)
+
+    monkeypatch.setattr(fitting.Fit, "_step", full)
+    told = refusal(store, preset, tmp_path, name="cut")
+    assert "set train.batch (now 4), windows.length (now 50) or train.precision (now float32)" in told
+    monkeypatch.undo()
+    lines: list[str] = []
+    assert_same(train(store, preset, runs=tmp_path / "runs", name="cut", tell=lines.append), whole)
+    assert "after epoch 1" in lines[0]
+
+
+def test_a_plateau_lowers_the_rate_after_its_patience_again_and_again(store, tmp_path, monkeypatch):
+    fell: list[int] = []
+    fall = fitting.Fit.fall
+
+    def counted(fit: fitting.Fit, best: dict[str, torch.Tensor]) -> None:
+        fell.append(len((tmp_path / "p" / "metrics.jsonl").read_text().splitlines()))
+        fall(fit, best)
+
+    monkeypatch.setattr(fitting.Fit, "fall", counted)
+    how = {"lr": 1e-30, "epochs": 20, "patience": 6, "schedule": "plateau", "plateau_patience": 1}
+    run = train(store, tiny("linear", **how), runs=tmp_path, name="p", tell=lambda line: None)
+    assert fell == [2, 4, 6]  # the best is epoch 0; two that are no better, and two, and two
+    assert len(metrics(run)) == 7
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(store, tmp_path, monkeypatch):
+    shown: list[tuple[str, float, int]] = []
+    begun: list[tuple[str, int]] = []
+
+    class Writer:
+        def __init__(self, place: str, purge_step: int) -> None:
+            begun.append((place, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            shown.append((name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            begun.append(("closed", 0))
+
+    board = types.ModuleType("tensorboardX")
+    board.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", board)
+    preset, place = tiny("linear", epochs=2), str(tmp_path / "board")
+    with pytest.raises(Interrupted):
+        train(store, preset, runs=tmp_path, name="board", tell=stop_at("epoch 1"))
+    run = train(store, preset, runs=tmp_path, name="board", tell=lambda line: None)
+    assert begun == [
+        (place, 1),
+        ("closed", 0),
+        (place, 2),
+        ("closed", 0),
+    ]  # what a killed epoch showed is purged
+    for line in metrics(run):
+        assert ("loss", line["loss"], line["epoch"]) in shown
+        for key, value in line["ccc"].items():
+            assert (key, value, line["epoch"]) in shown
+
+
+def test_without_tensorboard_there_is_nothing_but_the_lines(store, tmp_path, monkeypatch):
+    for name in ("torch.utils.tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run = train(store, tiny("linear", epochs=1), runs=tmp_path, tell=lambda line: None)
+    assert {p.name for p in run.path.iterdir()} == {"run.json", "weights.safetensors", "metrics.jsonl"}

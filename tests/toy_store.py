@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from vacli.store import Store, Track, folder_name
-from vacli.temporal.model import Preset, load_preset
+from vacli.temporal.preset import Preset, load_preset
 
 RATE_HZ = 10.0
 ROWS = 120
@@ -49,10 +49,11 @@ def add_video(
     names: Iterable[str] = ("mae", "logmel", "label.va"),
     made_by: str = "toy",
     rows: int = ROWS,
+    instead: dict[str, Track] | None = None,
 ) -> str:
-    """Put and link a made-up video with the tracks of `names`; returns its id."""
+    """Put and link a made-up video with the tracks of `names`, some of them `instead`; returns its id."""
     video_id, linked = f"v{number:02}", {}
-    made = tracks_of(number, rows)
+    made = tracks_of(number, rows) | (instead or {})
     for name in names:
         how = LABEL_RECIPE if name == "label.va" else recipe(name, made_by)
         media = f"{number:02}" * 32
@@ -60,6 +61,13 @@ def add_video(
         linked[name] = {"folder": folder_name(how), "media": media}
     store.link(video_id, {"root": "toy", "media": f"{number:02}" * 32, "split": split}, linked)
     return video_id
+
+
+def real_logmel(number: int, rows: int = ROWS) -> Track:
+    """Log-mel on the clock and with the bands of the encoder of that name, for a network that reads its patches."""
+    rng = np.random.default_rng(number)
+    times_s = np.arange(round(rows / RATE_HZ * 100)) * 0.01 + 0.0125
+    return Track(rng.standard_normal((len(times_s), 64)).astype(np.float16), times_s)
 
 
 def make_store(path: Path, train: int = 6, validation: int = 3) -> Store:
@@ -86,7 +94,9 @@ TINY: dict[str, dict[str, str]] = {
 }
 
 
-def tiny(head: str, streams: list[str] | None = None, **train: float) -> Preset:
-    """A preset that comes with vacli, small enough for a test; train: keys of its [train] table."""
-    changes = TINY[head] | {f"train.{key}": str(value) for key, value in train.items()}
+def tiny(
+    head: str, streams: list[str] | None = None, also: dict[str, str] | None = None, **train: float | str
+) -> Preset:
+    """A preset that comes with vacli, small enough for a test; also: keys to change, train: those of [train]."""
+    changes = TINY[head] | (also or {}) | {f"train.{key}": str(value) for key, value in train.items()}
     return load_preset(head, changes, streams)
