@@ -127,7 +127,9 @@ def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool, as_js
 
     trained = open_any(run_path, runs)
     if isinstance(trained, Folds):
-        click.echo(trained.table())
+        if no_smooth:
+            raise VacliError(f"--no-smooth judges one run: choose a fold, as --run {trained.path}/fold-0")
+        click.echo(json.dumps(trained.about["figures"], indent=1) if as_json else trained.table())
         return
     report = run(trained, Store(store), smooth=not no_smooth)
     click.echo(json.dumps(report.as_json(), indent=1) if as_json else "\n".join(report.lines()))

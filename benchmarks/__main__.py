@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import decoding, epoch, extraction, faces, gather, pretraining, report, store
+from . import decoding, epoch, extraction, faces, gather, pretraining, report, scan, store
 from .race import Result
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -56,6 +56,10 @@ def _epoch(folder: Path, small: bool) -> list[Result | str]:
     return [*epoch.races(epoch.SMALL if small else epoch.FULL)]
 
 
+def _scan(folder: Path, small: bool) -> list[Result | str]:
+    return [*scan.races(scan.SMALL if small else scan.FULL)]
+
+
 PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "store": _store,
     "decoding": _decoding,
@@ -65,6 +69,7 @@ PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "pretraining": _pretraining,
     "gather": _gather,
     "epoch": _epoch,
+    "scan": _scan,
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LOG2_E = math.log2(math.e)
-# A thread's part of a (K, B, N, D) array of a chunk should stay in its cache; fewer rows than these save no memory.
+# A chunk's (K, B, N, D) arrays should stay in the processor's cache; fewer rows than these save no memory.
 _CHUNK_VALUES = 2**19
 _CHUNK_ROWS_MIN = 8
 
@@ -184,10 +184,7 @@ class _ChunkedScan(torch.autograd.Function):
 def _chunks(u: Tensor, A: Tensor, arrays: int) -> tuple[list[slice], tuple[Tensor, ...]]:
     """The rows of each chunk, and `arrays` empty (K, B, N, D) to work in: fresh ones for every chunk cost page
     faults, which can double the time."""
-    values = (
-        _CHUNK_VALUES * torch.get_num_threads()
-    )  # fewer but larger pieces where threads wait for each other
-    L, K = len(u), max(_CHUNK_ROWS_MIN, values // (u.shape[1] * A.numel()))
+    L, K = len(u), max(_CHUNK_ROWS_MIN, _CHUNK_VALUES // (u.shape[1] * A.numel()))
     chunks = [slice(first, first + K) for first in range(0, L, K)]
     return chunks, u.new_empty(arrays, min(K, L), u.shape[1], *A.shape).unbind()
 

@@ -105,6 +105,53 @@ def test_evaluate_gives_the_figures_of_the_run_every_time(at):
     assert f"mean {run['figures']['mean']:.4f}" in told
 
 
+def test_folds_are_trained_told_and_averaged(at):
+    how = ("--head", "linear", "--set", "train.epochs=1", "--folds", "3", "--name", "three")
+    told = vacli("train", *how, "--fold", "1").output
+    assert told.count("not trained yet") == 2
+    assert "not finished" in vacli("predict", "--video", "data/batch2", "--run", "three", fails=True).output
+    told = vacli("train", *how).output
+    table = [line.split()[0] for line in told[told.index("fold     CCC V") :].splitlines()]
+    assert table[:7] == ["fold", "0", "1", "2", "mean", "std", "out"]
+    assert vacli("evaluate", "--run", "three").output in told
+    assert len(json.loads(vacli("evaluate", "--run", "three", "--json").output)["folds"]) == 3
+    assert "fold-0" in vacli("evaluate", "--run", "three", "--no-smooth", fails=True).output
+    vacli("predict", "--video", "data/batch2", "--run", "three")
+    averaged = rows(at / "predictions" / "puppet_val_00.csv")
+    assert list(averaged[0])[-2:] == ["valence_std", "arousal_std"]
+    each = []
+    for k in range(3):
+        vacli("predict", "--video", "data/batch2", "--run", f"runs/three/fold-{k}", "--out", f"fold{k}")
+        each.append([float(r["arousal"]) for r in rows(at / f"fold{k}" / "puppet_val_00.csv")])
+    np.testing.assert_allclose([float(r["arousal"]) for r in averaged], np.mean(each, axis=0), atol=2e-6)
+    np.testing.assert_allclose([float(r["arousal_std"]) for r in averaged], np.std(each, axis=0), atol=2e-6)
+
+
+def test_a_sweep_tries_settings_and_goes_on(at):
+    how = ("sweep", "--head", "linear", "--set", "train.epochs=1", "--over", "train.lr=1e-3..1e-1:log")
+    told = vacli(*how, "--trials", "2", "--name", "search").output
+    assert "vacli train --head linear" in told
+    assert {p.name for p in (at / "runs" / "search").glob("trial-*")} == {"trial-000", "trial-001"}
+    vacli(*how, "--trials", "3", "--name", "search")
+    assert (at / "runs" / "search" / "trial-002" / "run.json").exists()
+
+
+def test_a_network_with_a_trainable_vgg_goes_the_whole_way(at):
+    tiny = "encode.logmel.vgg.width=0.01"
+    changes = ["--set", tiny, "--set", "train.epochs=1", "--set", "train.alone_epochs=1"]
+    vacli("train", "--head", "crossattn", "--stream", "mae", "--stream", "logmel", *changes)
+    vacli("evaluate", "--run", "crossattn")
+    assert "1 of 1 curves" in vacli("predict", "--video", "data/batch2", "--run", "crossattn").output
+    assert len(rows(at / "predictions" / "puppet_val_00.csv")) == 15
+
+
+def test_an_evaluation_for_programs_has_the_same_figures(at):
+    report = json.loads(vacli("evaluate", "--json").output)
+    run = json.loads(next((at / "runs").glob("*/run.json")).read_text())
+    assert report["figures"]["mean"] == pytest.approx(run["figures"]["mean"], abs=1e-6)
+    assert {"constant", "linear"} <= {name.removeprefix("baseline ") for name in report["systems"]}
+
+
 def test_a_second_prediction_extracts_nothing_and_is_the_same(at):
     vacli("predict", "--video", "data/batch2")
     first = (at / "predictions" / "puppet_val_00.csv").read_bytes()
@@ -237,7 +284,16 @@ def test_broken_videos_are_listed_and_the_others_go_on(at):
         ),
         (["extract", "data", "--store", "empty.txt"], "is not a vacli store"),
         (["extract", "data", "--store", "foreign"], "is not a vacli store"),
-        (["train", "--head", "mambo"], "unknown head 'mambo'; known: linear, mamba"),
+        (["train", "--head", "mambo"], "unknown head 'mambo'; known: crossattn, crossattn-light"),
+        (["train", "--fold", "9"], "--fold 9: with 6 folds there are the folds 0 to 5"),
+        (["train", "--folds", "2"], "3"),
+        (["train", "--subjects", "empty.txt"], "--subjects is for --folds"),
+        (["train", "--folds", "3", "--subjects", "none.csv"], "none.csv"),
+        (["train", "--set", "train.init_from=none"], "none"),
+        (["train", "--set", "train.precision=float16"], "float16 wants a GPU"),
+        (["train", "--set", "cross_attn.heads=5", "--head", "crossattn-light"], "5 heads do not divide 64"),
+        (["sweep", "--over", "train.lrr=1..2"], "unknown key train.lrr"),
+        (["sweep", "--over", "train.lr"], "wanted KEY=LOW..HIGH"),
         (["train", "--store", "none.zarr"], "no feature store at none.zarr: make one with `vacli extract"),
         (["train", "--set", "train.epoch=3"], "unknown key train.epoch; known there: epochs"),
         (["train", "--set", "train.epochs"], "wanted KEY=VALUE"),
