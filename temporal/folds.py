@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ def folds_of(
 
     videos: id -> {"split", "rows"}, as videos_of() has them; without validation videos fold 0 is what train() holds
     out. subjects: video -> who is in it; of one video, as of one subject, everybody lands in the same of the folds
-    1 to folds-1. Those are balanced in rows: the largest group first, each to the part that is smallest so far, so that
-    two parts never differ by more than the largest group; seed decides between groups of one size.
+    1 to folds-1. Those are balanced in rows: the larger groups first, each to the part that is smallest so far, so that
+    two parts never differ by more than the largest group; seed decides between groups of about one size.
 
     Raises VacliError for fewer than 3 folds, fewer groups than parts, and a video that `subjects` lacks.
     """
@@ -56,7 +57,7 @@ def folds_of(
     size = {group: sum(videos[v]["rows"] for v in ids) for group, ids in groups.items()}
     parts: list[list[str]] = [[] for _ in range(folds - 1)]
     rows = [0] * len(parts)
-    for group in sorted(groups, key=lambda g: (-size[g], _drawn(seed, g))):
+    for group in sorted(groups, key=lambda g: (-_magnitude(size[g]), _drawn(seed, g))):
         # by count where a part is as small: with groups without rows none stays empty
         least = min(range(len(parts)), key=lambda i: (rows[i], len(parts[i])))
         parts[least] += groups[group]
@@ -66,6 +67,11 @@ def folds_of(
         {"train": sorted(videos.keys() - judged), "validation": sorted(judged)}
         for judged in map(set, (own["validation"], *parts))
     ]
+
+
+def _magnitude(rows: int) -> int:
+    """The same for sizes within a quarter: by size alone every seed would give the same folds."""
+    return round(math.log(1 + rows, 1.25))
 
 
 def _drawn(seed: int, group: str) -> bytes:

@@ -80,8 +80,9 @@ def test_fold_0_is_the_data_sets_own_split():
     assert folds_of(found, 4, 0)[0]["validation"] == ["v3", "v7"]
 
 
-def test_the_seed_decides_among_equals_and_nothing_else_does():
-    found = videos({f"v{i}": 10 for i in range(12)}, ("v0",))
+@pytest.mark.parametrize("rows", [[10] * 12, list(range(1000, 1012))])
+def test_the_seed_decides_among_about_equals_and_nothing_else_does(rows):
+    found = videos({f"v{i}": n for i, n in enumerate(rows)}, ("v0",))
     assert folds_of(found, 4, 1) == folds_of(dict(reversed(found.items())), 4, 1)
     assert folds_of(found, 4, 1)[1:] != folds_of(found, 4, 2)[1:]
     assert folds_of(found, 4, 1)[0] == folds_of(found, 4, 2)[0]
