@@ -390,19 +390,20 @@ def _write_curve(found: Run | Folds, outcome: Outcome, store: Store, out: Path, 
     """The CSV of one video, from its stored tracks."""
     from .store.interchange import write_curve_csv
     from .temporal.folds import Folds
-    from .temporal.predict import predict
+    from .temporal.predict import on_frames, predict
     from .temporal.windows import Clip
 
     run = found.first if isinstance(found, Folds) else found
     tracks = {name: store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
     times_s, face = outcome.frames_and_faces(tracks)
-    clip = Clip.on_clock(outcome.sample.id, times_s, tracks, run.dims, patched=run.patched)
+    clip = Clip.on_clock(outcome.sample.id, run.clock(times_s), tracks, run.dims, patched=run.patched)
     path = out / f"{outcome.sample.id}.csv"
     if isinstance(found, Folds):
         curves, spreads = found.predict([clip], smooth)
-        write_curve_csv(path, curves[clip.id], face, spreads[clip.id].values)
+        spread = on_frames(spreads[clip.id], times_s).values
     else:
-        write_curve_csv(path, predict(run, [clip], smooth)[clip.id], face)
+        curves, spread = predict(run, [clip], smooth), None
+    write_curve_csv(path, on_frames(curves[clip.id], times_s), face, spread)
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lines import hide, rows_since_start, videos
+from .lines import any_in_video, hide, rows_since_start, videos
 
 
 def attend(
@@ -86,18 +86,7 @@ class CrossAttention(nn.Module):
         if self.gate is not None:
             g = torch.sigmoid(self.gate(torch.cat([query, attended], dim=-1)))
             attended = attended + g * (query - attended)
-        return hide(attended, _any_in_video(key_mask, start))
-
-
-def _any_in_video(mask: Tensor | None, start: Tensor | None) -> Tensor | None:
-    """(B, T), or (B, 1) for all rows of a line: has the row's video any valid row?"""
-    if mask is None:
-        return None
-    if start is None:
-        return mask.any(1, keepdim=True)
-    video = F.pad(start[:, 1:], (1, 0)).cumsum(1)
-    count = torch.zeros_like(video).scatter_add(1, video, mask.long())
-    return count.gather(1, video) > 0
+        return hide(attended, any_in_video(key_mask, start))
 
 
 class Transformer(nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import VacliError
-from ..store import Store, Track
+from ..store import Store, Track, disk
 from .evaluate import figures, load_clips
 from .plan import own_splits, video_of, videos_of
 from .predict import Run, open_run, predict
@@ -277,27 +278,38 @@ def _about(preset: Preset, seed: int, splits: list[Split], videos: dict[str, Any
 
 def _begin(path: Path, about: dict[str, Any]) -> None:
     """The folder with its folds.json, unless it is there already. Raises VacliError if it holds anything else."""
-    old = _read_about(path)
-    if old is not None and old["settings"] != about["settings"]:
-        changed = [key for key in ("preset", "seed", "folds") if old[key] != about[key]]
-        raise VacliError(
-            f"{path} holds other folds, trained with another {' and '.join(changed)} "
-            "(the split goes by videos, subjects and seed): give another --name"
-        )
-    if old is None:
-        if (path / "run.json").exists():
-            raise VacliError(f"{path} is a run of its own, no folds: give another --name")
-        _write(path, about)
+    if (path / "run.json").exists():
+        raise VacliError(f"{path} is a run of its own, no folds: give another --name")
+    with one_process(path, "folds"):
+        old = _read_about(path)
+        if old is None:
+            _write(path, about)
+        elif old["settings"] != about["settings"]:
+            changed = [key for key in ("preset", "seed", "folds") if old[key] != about[key]]
+            raise VacliError(
+                f"{path} holds other folds, trained with another {' and '.join(changed)} "
+                "(the split goes by videos, subjects and seed): give another --name"
+            )
 
 
-def _write(path: Path, about: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def one_process(path: Path, name: str) -> Iterator[None]:
+    """In the folder, which is made, and no other process is in here. Raises VacliError where the disk cannot do it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        replace_file(path / "folds.json", json.dumps(about, indent=1).encode())
+        lock = path / f"{name}.lock"
+        if not lock.exists():
+            lock.touch()
+        with disk.one_at_a_time(lock, path / f"{name}.mark"):
+            yield
     except OSError as e:
         raise VacliError(
             f"cannot use {path}: {e.strerror}; mend it and run again: what is done is kept"
         ) from e
+
+
+def _write(path: Path, about: dict[str, Any]) -> None:
+    replace_file(path / "folds.json", json.dumps(about, indent=1).encode())
 
 
 def _finish(found: Folds, store: Store) -> Folds:
@@ -314,7 +326,8 @@ def _finish(found: Folds, store: Store) -> Folds:
     }
     finished_at = max(run.about["finished_at"] for run in found.runs.values())
     about = {**found.about, "figures": of_all, "finished_at": finished_at}
-    _write(found.path, about)
+    with one_process(found.path, "folds"):
+        _write(found.path, about)
     return Folds(found.path, about, found.runs)
 
 
@@ -348,6 +361,8 @@ def open_any(wanted: str | Path | None, runs: str | Path = "runs") -> Run | Fold
         if named is not None:
             named.check_whole()
             return named
+        if (path / "journal.log").exists():
+            raise VacliError(f"{path} is a sweep: give one of its trials, as --run {path}/trial-000")
     every = [f for f in (_read_folds(p.parent) for p in sorted(Path(runs).glob("*/folds.json"))) if f]
     whole = [f for f in every if f.finished and wanted in (None, f.about["preset"]["name"])]
     if not whole:

@@ -39,6 +39,17 @@ def reversed_start(start: Tensor) -> Tensor:
     return F.pad(start[:, 1:], (0, 1), value=True).flip(1)
 
 
+def any_in_video(mask: Tensor | None, start: Tensor | None) -> Tensor | None:
+    """(B, T), or (B, 1) for all rows of a line: has the row's video any valid row? None without a mask."""
+    if mask is None:
+        return None
+    if start is None:
+        return mask.any(1, keepdim=True)
+    video = F.pad(start[:, 1:], (1, 0)).cumsum(1)
+    count = torch.zeros_like(video).scatter_add(1, video, mask.long())
+    return count.gather(1, video) > 0
+
+
 def with_gaps(
     run: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor,

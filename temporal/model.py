@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from .. import VacliError
 from .attention import CrossAttention
 from .blocks import BLOCKS
+from .lines import any_in_video
 from .preset import BlockSpec, Encode, Preset, Task
 from .vgg import BANDS, LogMelVgg
 
@@ -138,7 +139,8 @@ def drop_streams(
     else:  # the row that each row's video begins with
         place = torch.arange(L, device=every.device)
         first = torch.where(start, place, 0).cummax(1).values[:, None]
-    draw = draw.gather(2, first.expand(B, S, L)).masked_fill(~every.any(2, keepdim=True), -1)
+    saw = torch.cat([cast(torch.Tensor, any_in_video(x, start)).expand(B, L) for x in seen.values()], dim=1)
+    draw = draw.gather(2, first.expand(B, S, L)).masked_fill(~saw.view(B, S, L), -1)
     kept = (draw >= chance) | (draw == draw.amax(1, keepdim=True))
     return dict(zip(seen, (every & kept).unbind(1), strict=True))
 

@@ -46,6 +46,17 @@ class Run:
     def face_stream(self) -> str:
         return face_stream_of(self.about)
 
+    def clock(self, times_s: np.ndarray) -> np.ndarray:
+        """The times (N,) to read a video's tracks at, whose frames are at times_s (T,): on a clock like the labels'.
+
+        Labels of a second, say, teach what a mean over a second means. Frames that are not much closer than the labels
+        were are taken as they are.
+        """
+        step_s = self.about.get("label", {}).get("step_s")
+        if step_s is None or len(times_s) < 2 or step_s < 1.5 * np.median(np.diff(times_s)):
+            return times_s
+        return np.arange(times_s[0] + step_s / 2, max(times_s[-1], times_s[0] + step_s), step_s)
+
     @property
     def smoothing(self) -> Smoothing:
         """What was chosen on its validation videos. Raises VacliError if run.json has something else there."""
@@ -93,7 +104,7 @@ def open_run(wanted: str | Path | None, runs: str | Path = "runs") -> Run:
             )
         if run is not None:
             return run
-    every = [r for r in (_read_run(p.parent) for p in Path(runs).glob("*/run.json")) if r]
+    every = [r for r in map(_whole_run, Path(runs).glob("*/run.json")) if r]
     finished = [r for r in every if r.finished and wanted in (None, r.about["preset"]["name"])]
     if not finished:
         known = ", ".join(sorted(r.path.name + ("" if r.finished else " (not finished)") for r in every))
@@ -104,15 +115,25 @@ def open_run(wanted: str | Path | None, runs: str | Path = "runs") -> Run:
     return max(finished, key=lambda r: r.about["finished_at"])
 
 
+def _whole_run(record: Path) -> Run | None:
+    """One of several runs: what cannot be read does not keep the others from being found."""
+    try:
+        return _read_run(record.parent)
+    except VacliError:
+        return None
+
+
 def _read_run(path: Path) -> Run | None:
     try:
         about = json.loads((path / "run.json").read_text())
-        if "preset" not in about:
+        if not isinstance(about["preset"]["name"], str):
             raise ValueError("it does not say which preset")
+        if "figures" in about and not isinstance(about["finished_at"], str):
+            raise ValueError("it does not say when it was finished")
         return Run(path, about)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, KeyError) as e:
         raise VacliError(f"cannot read {path / 'run.json'}: {e}; train the run again") from e
 
 
@@ -210,9 +231,19 @@ def predict(
     return {c.id: finish(raw[c.id], faces_of(c, run.face_stream), smoothing) for c in clips}
 
 
+def on_frames(curve: Track, times_s: np.ndarray) -> Track:
+    """The curve (N, 2), of Run.clock, at the frames' times (T,): linear between its rows, the ends held."""
+    if np.array_equal(curve.times_s, times_s):
+        return curve
+    columns = [np.interp(times_s, curve.times_s, column) for column in curve.values.T]
+    return Track(np.stack(columns, axis=1).astype(np.float32), times_s)
+
+
 def predict_raw(run: Run, clips: list[Clip], device: torch.device | str | None = None) -> dict[str, Track]:
     """Clip id -> the network's own (T, 2) curve; by windows as in training, or whole videos where it saw whole ones."""
     filled = [c for c in clips if len(c.times_s)]
+    for clip in filled:
+        _check_streams(run, clip)
     curves = {
         c.id: Track(np.empty((0, 2), np.float32), np.empty(0)) for c in clips
     }  # in the order of the clips
@@ -224,3 +255,15 @@ def predict_raw(run: Run, clips: list[Clip], device: torch.device | str | None =
         windows = Windows(filled, preset.windows, preset.train.batch, device, net.patched)
         curves |= raw_curves(net, windows)
     return curves
+
+
+def _check_streams(run: Run, clip: Clip) -> None:
+    """Raises VacliError unless the clip has the streams of the run, of their dims."""
+    dims = run.dims
+    found = {name: values.shape[1] for name, values in clip.streams.items()}
+    wanted = {name: dim for name, dim in dims.items() if name not in run.patched}
+    if found != wanted:
+        raise VacliError(
+            f"{clip.id} has the streams {found}, {run.path} was trained on {wanted}: make the clip with "
+            "Clip.on_clock(..., run.dims, patched=run.patched)"
+        )

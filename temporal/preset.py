@@ -277,11 +277,13 @@ def load_preset(head: str, changes: dict[str, str] | None = None, streams: list[
     for key, value in (changes or {}).items():
         _change(tree, key, value, head)
     preset = check_preset(tree, head)
-    strangers = preset.encode.keys() - {"*", "first", *preset.streams}  # a typo here would go unheard
+    own = {*preset.streams, *(streams or [])}
+    own |= {name.partition("@")[0] for name in own}
+    strangers = preset.encode.keys() - own - {"*", "first"}  # a typo here would go unheard
     if strangers:
         raise VacliError(
             f"preset {head}: encode.{min(strangers)} is for none of its streams; "
-            f'wanted "*", "first" or one of {", ".join(preset.streams)}'
+            f'wanted "*", "first" or one of {", ".join(sorted(own))}'
         )
     return check_preset({**tree, "streams": streams}, head) if streams else preset
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import VacliError
 from ..store import Store, disk
+from .folds import one_process
 from .plan import videos_of
 from .predict import Run, open_run
 from .preset import Preset, load_preset
@@ -194,6 +195,7 @@ def sweep(
             else:
                 searched.finished(trial, run.about["figures"])
     again = ["vacli", "train", "--head", head, *(w for s in streams or [] for w in ("--stream", s))]
+    again += ["--store", str(store.path), "--runs", str(runs)]
     return searched.report(again, changes, tell)
 
 
@@ -261,18 +263,8 @@ class _Sweep:
         with self._alone():
             self.study = self._open(settings)
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process is in here. Raises VacliError where the disk does not do as it should."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "sweep.lock").touch()
-            with disk.one_at_a_time(self.path / "sweep.lock", self.path / "sweep.mark"):
-                yield
-        except OSError as e:
-            raise VacliError(
-                f"cannot use {self.path}: {e.strerror}; mend it and run again: what is done is kept"
-            ) from e
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return one_process(self.path, "sweep")
 
     def _open(self, settings: dict[str, Any]) -> optuna.Study:
         storages = self.optuna.storages
@@ -386,7 +378,7 @@ class _Sweep:
         best = ranked[0].user_attrs["changes"]
         tell(
             f"the best of {len(ranked)} on the same validation videos is optimistic: judge it on others, "
-            "or with --folds 6 behind this command, which remakes it:"
+            f"or with --folds 6 behind this command, which remakes {self.path}/trial-{ranked[0].number:03}:"
         )
         sets = [w for text in _said({**changes, **best}) for w in ("--set", text)]
         tell(shlex.join([*again, *sets, "--seed", str(self.seed)]))

@@ -72,7 +72,17 @@ class Clip:
             else:
                 streams[name] = tracks[name].at(times_s)
         kept = {name: tracks[name] for name in patched if name in dims and name in tracks}
-        return cls(id, times_s, streams, None if labels is None else labels.at(times_s), kept)
+        return cls(id, times_s, streams, None if labels is None else _unmarked(labels).at(times_s), kept)
+
+
+def _unmarked(labels: Track) -> Track:
+    """With NaN where either value is -5, as others store what is not labelled; averaged, it would pass for a label."""
+    marked = (labels.values == UNLABELLED).any(axis=1)
+    if not marked.any():
+        return labels
+    return Track(
+        np.where(marked[:, None], np.float32(np.nan), labels.values).astype(np.float32), labels.times_s
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from vacli import VacliError
 from vacli.store.labels import ccc_of_tracks
 from vacli.store.names import plain_id
 from vacli.temporal.evaluate import load_clips
-from vacli.temporal.folds import folds_of, open_any, read_subjects, train_folds
+from vacli.temporal.folds import _begin, folds_of, open_any, read_subjects, train_folds
 from vacli.temporal.predict import Run, predict
 from vacli.temporal.train import train
 
@@ -354,3 +355,18 @@ def test_folds_of_different_features_are_not_averaged(whole):
         VacliError, match=r"fold-2 and .*fold-0 were trained on different features: mae differs"
     ):
         mixed.predict([])
+
+
+def test_many_may_begin_the_same_folds_at_once(tmp_path):
+    about = {"settings": "1", "preset": {}, "seed": 0, "folds": [], "rows": [], "own": ""}
+    for number in range(10):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _, path=tmp_path / f"f{number}": _begin(path, about), range(8)))
+        assert json.loads((tmp_path / f"f{number}" / "folds.json").read_text()) == about
+
+
+def test_a_sweep_is_told_from_a_run(tmp_path):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "journal.log").touch()
+    with pytest.raises(VacliError, match=r"is a sweep: give one of its trials.*trial-000"):
+        open_any("search", tmp_path)

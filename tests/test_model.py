@@ -220,6 +220,17 @@ def test_a_dropped_stream_is_gone_for_the_whole_video_and_one_stays(packed):
         assert (a[0] != a[1]).any()
 
 
+def test_in_a_packed_line_every_video_keeps_a_stream_that_saw_it():
+    torch.manual_seed(0)
+    seen = {name: torch.ones(300, 12, dtype=torch.bool) for name in ("a", "b")}
+    seen["b"][:, 5:] = False  # the second video of each line is seen by one stream
+    start = torch.zeros(300, 12, dtype=torch.bool)
+    start[:, [0, 5]] = True
+    left = drop_streams(seen, start, 0.5)
+    assert left["a"][:, 5:].all()
+    assert (left["a"] | left["b"])[:, :5].all()
+
+
 def test_modality_dropout_acts_in_training_only():
     net = network("linear", ["mae", "vggish"], {"train.modality_dropout": "0.9"})
     rows, seen = inputs(net, 8, 6)
@@ -272,6 +283,13 @@ def test_the_first_stream_is_encoded_by_name_or_as_first_and_the_others_are_not(
     ):
         net = Network(load_preset(str(mine), streams=streams), DIMS)
         assert [encoder.dim for encoder in net.encode] == dims
+
+
+def test_a_stream_brought_from_outside_can_have_an_encoder_of_its_own():
+    changes = {"encode.other.blocks": "[{linear={dim=256}}]", "encode.more.blocks": "[{linear={dim=256}}]"}
+    preset = load_preset("mamba", changes, ["mae", "other", "more@01"])
+    assert {"other", "more"} <= preset.encode.keys()
+    assert "encode.othr" in refusal(changes={"encode.othr.blocks": "[]"}, streams=["mae", "other"])
 
 
 def test_a_vgg_starts_from_the_weights_the_preset_names(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vacli.temporal.predict import (
     face_stream_of,
     faces_of,
     finish,
+    on_frames,
     open_run,
     predict,
     predict_raw,
@@ -368,3 +370,43 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(VacliError, match=r"cannot write .*clip\.csv"):
         write_curve_csv(tmp_path / "file" / "clip.csv", curve(np.zeros(1)), np.ones(1, bool))
+
+
+# ---- clocks --------------------------------------------------------------------------------------------------
+
+
+def test_frames_closer_than_the_labels_were_are_read_as_the_labels_were(run):
+    slow = Run(run.path, {**run.about, "label": {**run.about["label"], "step_s": 1.0}})
+    times_s = np.arange(100) / 10
+    clock = slow.clock(times_s)
+    np.testing.assert_allclose(clock, np.arange(10) + 0.5)
+    for same in (times_s[::8], times_s[:1], times_s[:0]):
+        assert np.array_equal(slow.clock(same), same)
+    assert np.array_equal(run.clock(times_s), times_s)
+    curve = on_frames(Track(np.stack([clock, -clock], 1).astype(np.float32) / 10, clock), times_s)
+    np.testing.assert_allclose(curve.values[:, 0], np.clip(times_s, 0.5, 9.5) / 10, atol=1e-6)
+    assert len(curve) == 100
+
+
+def test_a_clip_of_other_streams_is_refused_in_one_line(run):
+    times_s = np.arange(5) / 10
+    dims = run.dims
+    for wrong in (
+        {**dims, "mae": 1},
+        {**dims, "other": 3},
+        {name: dim for name, dim in dims.items() if name != "mae"},
+    ):
+        clip = Clip("odd", times_s, {name: np.zeros((5, dim), np.float16) for name, dim in wrong.items()})
+        with pytest.raises(VacliError, match="odd has the streams"):
+            predict(run, [clip])
+
+
+def test_a_neighbour_that_cannot_be_read_does_not_hide_the_newest_run(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "good")
+    for name, text in (("bad", "no json"), ("odd", '{"preset": {}, "figures": {}}'), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    assert open_run(None, tmp_path).path == tmp_path / "good"
+    for name in ("bad", "odd", "list"):
+        with pytest.raises(VacliError, match=r"run\.json"):
+            open_run(name, tmp_path)

@@ -396,3 +396,15 @@ def test_a_gpu_sees_what_the_cpu_sees(resident, whole):
     folded, wanted = (w.fold((b, b.labels) for b in w.batches()) for w in (there, here))
     for id, track in wanted.items():
         np.testing.assert_array_equal(folded[id].values, track.values)
+
+
+def test_a_stored_minus_five_is_no_label_on_any_clock():
+    values = np.array([[0.1, 0.2], [-5, 0.3], [0.4, -5], [0.5, 0.6]], np.float32)
+    unknown = np.where((values == -5).any(1, keepdims=True), np.float32(np.nan), values)
+    times_s = np.arange(4) / 2
+    for clock in (times_s, np.arange(8) / 4, np.array([0.25, 1.25])):
+        made = [
+            Clip.on_clock("a", clock, {}, {"x": 1}, Track(v.astype(np.float32), times_s)).labels
+            for v in (values, unknown)
+        ]
+        np.testing.assert_array_equal(*made)
