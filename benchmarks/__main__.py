@@ -9,7 +9,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import decoding, epoch, extraction, faces, gather, pretraining, report, scan, store
+from . import (
+    ablation,
+    decoding,
+    epoch,
+    extraction,
+    faces,
+    gather,
+    pretraining,
+    report,
+    scan,
+    store,
+    studyforrest,
+)
 from .race import Result
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -60,6 +72,14 @@ def _scan(folder: Path, small: bool) -> list[Result | str]:
     return [*scan.races(scan.SMALL if small else scan.FULL)]
 
 
+def _ablation(folder: Path, small: bool) -> list[Result | str]:
+    return [ablation.results(folder if small else ablation.KEPT, small)]
+
+
+def _studyforrest(folder: Path, small: bool) -> list[Result | str]:
+    return [*studyforrest.parts(DATA, small)]
+
+
 PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "store": _store,
     "decoding": _decoding,
@@ -70,6 +90,8 @@ PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "gather": _gather,
     "epoch": _epoch,
     "scan": _scan,
+    "ablation": _ablation,
+    "studyforrest": _studyforrest,
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real traces without a video: the studyforrest annotations of one film ("Forrest Gump") into a feature store.
 #
-#   examples/studyforrest.sh PATH [STORE]
+#   examples/studyforrest.sh PATH [STORE [arousal]]
 #
 # PATH is a folder with the files conf_audio_run-*, conf_visual_run-* and emotions_av_1s_events_run-* (.tsv.gz) of
 # github.com/psychoinformatics-de/studyforrest-data-annotations (CC0). STORE is features.zarr by default. Stopped at
@@ -15,11 +15,13 @@
 #
 # Caveat: nobody rated valence. Nine observers said whether an emotion of a character was positive and whether it was
 # negative (shares from 0 to 1), and arousal from -1 to 1. Here valence = valence_positive - valence_negative, the mean
-# over the characters on screen. These features carry no signal of it: train on it if you like, do not report it.
+# over the characters on screen. These features carry no signal of it: train on it if you like, do not report it. A
+# valence of 0 throughout has no gradient (the CCC of what never moves is 0, whatever is predicted), so that a head
+# learns arousal alone and stops by it; the mean it prints is then half of arousal's CCC.
 set -euo pipefail
 
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [ ! -d "$1" ]; then
-  echo "usage: $0 PATH [STORE]   (PATH: the folder with conf_audio_run-1_events.tsv.gz and the others)" >&2
+if [ $# -lt 1 ] || [ $# -gt 3 ] || [ ! -d "$1" ] || [ "${3:-arousal}" != arousal ]; then
+  echo "usage: $0 PATH [STORE [arousal]]   (PATH: the folder with conf_audio_run-1_events.tsv.gz and the others)" >&2
   exit 2
 fi
 if ! command -v vacli > /dev/null; then
@@ -47,20 +49,21 @@ done
 # The emotions are events: from `onset`, for `duration` whole seconds, one for each character. Made into one row a
 # second: the mean over the characters, and empty cells where there is none. (The grid of a run starts at a fraction
 # of a second, the same for all its events.)
-python3 - "$data" "$work/labels" <<'PYTHON'
+python3 - "$data" "$work/labels" "${3:-both}" <<'PYTHON'
 import csv
 import gzip
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-data, out = map(Path, sys.argv[1:])
+data, out = map(Path, sys.argv[1:3])
+rated = {"both": 1.0, "arousal": 0.0}[sys.argv[3]]  # how much of valence is kept
 for run in range(1, 9):
     start, seconds = 0.0, defaultdict(list)  # of the grid; its second -> the judgements of its characters
     with gzip.open(data / f"emotions_av_1s_events_run-{run}_events.tsv.gz", "rt") as f:
         for event in csv.DictReader(f, delimiter="\t"):
             second, start = divmod(float(event["onset"]), 1)
-            valence = float(event["valence_positive"]) - float(event["valence_negative"])
+            valence = rated * (float(event["valence_positive"]) - float(event["valence_negative"]))
             for i in range(round(float(event["duration"]))):
                 seconds[int(second) + i].append((valence, float(event["arousal"])))
     with open(out / f"run-{run}.csv", "w") as f:
@@ -90,5 +93,6 @@ The store is ready. Train on it, for example the linear baseline on windows of 6
 
   vacli train --head linear --stream sf.audio --stream sf.visual --set windows.length=60 --set windows.stride=30 --store $store
 
-Look at arousal only: what these features say of valence means nothing.
+Look at arousal only: what these features say of valence means nothing. benchmarks/studyforrest.py leaves out one run
+after the other (python -m benchmarks studyforrest).
 EOF

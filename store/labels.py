@@ -72,15 +72,20 @@ def ccc(x: Any, y: Any, weight: Any) -> Any:
 
     x, y:   (N, K) arrays or tensors, finite everywhere. weight: (N, 1), 1 where the row counts and 0 where not.
     Returns (K,): 2 cov / (var_x + var_y + (mean_x - mean_y)^2), and 0 where that is undefined (no row counts, or
-    both are constant; Mamba-VA, eq. 4). Numpy in, numpy out; torch in, gradient out: the loss is this, and the metric,
-    which `Moments` takes from sums, is tested against it.
+    both are constant; Mamba-VA, eq. 4). Of a column that never moves it is exactly 0, and so is the other's gradient.
+    Numpy in, numpy out; torch in, gradient out: the loss is this, and the metric, which `Moments` takes from sums, is
+    tested against it.
     """
     n = weight.sum(0)
+    # from the first row that counts on: of a column that never moves the variance is 0, not what rounding leaves of it
+    first = weight * (weight.cumsum(0) == 1)
+    first_x, first_y = (first * x).sum(0), (first * y).sum(0)
     n = n + (n == 0)
-    mean_x, mean_y = (weight * x).sum(0) / n, (weight * y).sum(0) / n
-    dx, dy = x - mean_x, y - mean_y
-    var_x, var_y = (weight * dx * dx).sum(0) / n, (weight * dy * dy).sum(0) / n
-    return _concordance(var_x, var_y, (weight * dx * dy).sum(0) / n, mean_x - mean_y)
+    dx, dy = weight * (x - first_x), weight * (y - first_y)
+    shift_x, shift_y = dx.sum(0) / n, dy.sum(0) / n
+    dx, dy = dx - weight * shift_x, dy - weight * shift_y
+    var_x, var_y, covariance = (dx * dx).sum(0) / n, (dy * dy).sum(0) / n, (dx * dy).sum(0) / n
+    return _concordance(var_x, var_y, covariance, first_x - first_y + (shift_x - shift_y))
 
 
 def _concordance(var_x: Any, var_y: Any, covariance: Any, shift: Any) -> Any:

@@ -19,6 +19,8 @@ from .preset import TrainSpec
 from .windows import Batch, Windows
 
 _UNDECAYED = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")  # names of Mamba's parameters
+# how torch, the system's allocator and cuBLAS say it; a GPU that is full may fail any of these ways
+_FULL = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _TIMED_STEPS = 2  # how long an epoch will take is said after so many
 _SLOW_EPOCH_S = 1800.0  # an epoch on a CPU that takes longer is warned of
 
@@ -162,19 +164,36 @@ def _deterministic_convolutions() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
+@contextlib.contextmanager
+def memory_told(what_to_set: str) -> Iterator[None]:
+    """What is done in here may take all memory: raises VacliError then, "out of memory: <what_to_set>"."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is one of the latter
+        said = str(e)
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and not any(s in said for s in _FULL):
+            raise
+        where = " of the GPU" if "CUDA" in said or "CUBLAS" in said else ""
+        raise VacliError(f"out of memory{where}: {what_to_set}") from e
+
+
+def check_alone(net: Network, spec: TrainSpec) -> None:
+    """Raises VacliError if the streams are to be trained alone, and none has anything to train."""
+    if spec.alone_epochs and not any(True for _ in net.encode.parameters()):
+        raise VacliError(
+            f"train.alone_epochs = {spec.alone_epochs}, but no stream has blocks of its own to train: "
+            "wanted encode.<stream>.blocks, or alone_epochs = 0"
+        )
+
+
 class Alone(nn.Module):
     """Every stream's encoder with a linear head of its own: the first stage of the USTC network's training.
 
-    Raises VacliError if no stream has anything to train.
+    Of a network that passes check_alone.
     """
 
     def __init__(self, net: Network, spec: TrainSpec) -> None:
         super().__init__()
-        if not any(True for _ in net.encode.parameters()):
-            raise VacliError(
-                f"train.alone_epochs = {spec.alone_epochs}, but no stream has blocks of its own to train: "
-                "wanted encode.<stream>.blocks, or alone_epochs = 0"
-            )
         self.net, self.spec = net, spec
         dims = [cast(int, encoder.dim) for encoder in net.encode]
         self.heads = nn.ModuleList(nn.Linear(dim, TASK_TARGETS["va"]) for dim in dims)
@@ -219,9 +238,15 @@ def make_optimizer(module: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
 
 def learning_rate(spec: TrainSpec, epoch: float, epochs: int, falls: int) -> float:
     """The rate at a fractional epoch: linear up, then half a cosine down to lr_min, or by plateau_factor a fall."""
-    if epoch < spec.warmup_epochs:
-        return spec.lr * min(1.0, (epoch + 1e-3) / spec.warmup_epochs)
+    warm_up = warmup_epochs(spec, epochs)
+    if epoch < warm_up:
+        return spec.lr * min(1.0, (epoch + 1e-3) / warm_up)
     if spec.schedule == "plateau":
         return max(spec.lr * spec.plateau_factor**falls, min(spec.lr, spec.lr_min))
-    share = min(1.0, (epoch - spec.warmup_epochs) / max(1e-9, epochs - spec.warmup_epochs))
+    share = min(1.0, (epoch - warm_up) / (epochs - warm_up))
     return spec.lr_min + (spec.lr - spec.lr_min) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def warmup_epochs(spec: TrainSpec, epochs: int) -> float:
+    """As the preset says; a third of a stage of `epochs` that it would fill: the rate would never get to lr."""
+    return spec.warmup_epochs if spec.warmup_epochs < epochs else epochs / 3

@@ -18,7 +18,7 @@ import torch
 from .. import VacliError
 from ..store import Store, Track, disk
 from .evaluate import figures, load_clips
-from .plan import own_splits, video_of, videos_of
+from .plan import check_seed, own_splits, run_folder, video_of, videos_of
 from .predict import Run, open_run, predict
 from .preset import Preset
 from .train import replace_file, train
@@ -242,6 +242,7 @@ def train_folds(
     """
     if only is not None and not 0 <= only < max(folds, _FEWEST):
         raise VacliError(f"--fold {only}: with {folds} folds there are the folds 0 to {folds - 1}")
+    check_seed(seed)
     if preset.train.init_from:
         tell("note: what train.init_from was trained on is held out of no fold")
     videos = videos_of(store, preset, tell)
@@ -249,7 +250,7 @@ def train_folds(
     own = set(splits[0]["validation"])
     about = _about(preset, seed, splits, videos)
     name = name or f"{preset.name}-{folds}folds-{about['settings'][:8]}"
-    path = Path(runs) / name
+    path = run_folder(runs, name)
     _begin(path, about)
     torn = [ids for ids in _groups(videos, subjects).values() if len({v in own for v in ids}) > 1]
     if torn:

@@ -51,18 +51,23 @@ def _mean_over_sequences(predicted: Tensor, labels: Tensor, weight: Tensor, star
 def _ccc_of_packed(predicted: Tensor, labels: Tensor, weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """CCC (S, K) and labelled rows (S, 1) of every packed video, in a place for each row: that of its video's first.
 
-    The formula of labels.ccc with sums by video; how many there are is known on the device alone.
+    The formula of labels.ccc with sums by video, from each video's first labelled row on; how many videos there are is
+    known on the device alone.
     """
     B, L = start.shape
-    first = torch.arange(B * L, device=start.device) - rows_since_start(start).flatten()
+    video = torch.arange(B * L, device=start.device) - rows_since_start(start).flatten()
     x, y, w = (v.flatten(0, 1) for v in (predicted, labels, weight))
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(B * L, values.shape[1]).index_add(0, first, values)
+        return values.new_zeros(B * L, values.shape[1]).index_add(0, video, values)
 
     rows = total(w)
     n = rows.clamp_min(1)
-    mean_x, mean_y = total(w * x) / n, total(w * y) / n
-    dx, dy = w * (x - mean_x[first]), w * (y - mean_y[first])
-    spread = total(dx * dx) / n + total(dy * dy) / n + (mean_x - mean_y) ** 2
+    labelled = w.long().cumsum(0)
+    first = w * (labelled - (labelled - w.long())[video] == 1)
+    first_x, first_y = total(first * x), total(first * y)
+    dx, dy = w * (x - first_x[video]), w * (y - first_y[video])
+    shift_x, shift_y = total(dx) / n, total(dy) / n
+    dx, dy = dx - w * shift_x[video], dy - w * shift_y[video]
+    spread = total(dx * dx) / n + total(dy * dy) / n + (first_x - first_y + (shift_x - shift_y)) ** 2
     return 2 * (total(dx * dy) / n) / (spread + (spread == 0)), rows

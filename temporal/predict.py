@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from .. import VacliError
 from ..store import Track
+from .fitting import memory_told
 from .model import Network, encode_of
 from .preset import Preset, check_preset
 from .smoothing import TARGETS, Smoothing, check_smoothing, smoothed
@@ -252,8 +253,9 @@ def predict_raw(run: Run, clips: list[Clip], device: torch.device | str | None =
         weights = run.path / "weights.safetensors"
         net = _kept_network(run, str(device), weights.stat().st_mtime_ns if weights.exists() else 0)
         preset = run.preset
-        windows = Windows(filled, preset.windows, preset.train.batch, device, net.patched)
-        curves |= raw_curves(net, windows)
+        with memory_told("predict on a CPU (CUDA_VISIBLE_DEVICES=), or fewer or shorter videos at once"):
+            windows = Windows(filled, preset.windows, preset.train.batch, device, net.patched)
+            curves |= raw_curves(net, windows)
     return curves
 
 

@@ -90,8 +90,8 @@ class WindowSpec(_Strict):
     passing from one to the next.
     """
 
-    length: int = Field(300, ge=1)
-    stride: int = Field(200, ge=1)
+    length: int = Field(300, ge=1, lt=2**31)
+    stride: int = Field(200, ge=1, lt=2**31)
     whole: bool = False
 
     @model_validator(mode="after")
@@ -108,16 +108,16 @@ class TrainSpec(_Strict):
 
     schedule: "cosine" (linear warm-up, then a half cosine down to lr_min, by steps) or "plateau" (after
     plateau_patience epochs without a better CCC the best weights are taken up again and the rate falls by
-    plateau_factor, not below lr_min; the warm-up is by steps). ccc: over all rows of a batch together, or of each
-    window or video for itself. mse: weight of the mean squared error beside it. precision: what is computed in.
-    ema: decay per step of the moving average of the weights that is judged and kept, 0 for none.
-    modality_dropout: the chance that a window is shown without a stream; one always stays. alone_epochs: epochs in
-    which every stream is trained with a head of its own, before the whole (USTC's stages). init_from: a run, or
-    weights to start from.
+    plateau_factor, not below lr_min; the warm-up is by steps). A warm-up that would fill its stage takes a third of it.
+    ccc: over all rows of a batch together, or of each window or video for itself. mse: weight of the mean squared error
+    beside it. precision: what is computed in. ema: decay per step of the moving average of the weights that is judged
+    and kept, 0 for none. modality_dropout: the chance that a window is shown without a stream; one always stays.
+    alone_epochs: epochs in which every stream is trained with a head of its own, before the whole (USTC's stages).
+    init_from: a run, whose streams are joined by name and recipe, or a file of weights to start from.
     """
 
     epochs: int = Field(50, ge=1)
-    batch: int = Field(16, ge=1)
+    batch: int = Field(16, ge=1, lt=2**31)
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-3, ge=0)
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -195,7 +195,7 @@ def _check_blocks(blocks: list[BlockSpec]) -> list[BlockSpec]:
     return blocks
 
 
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
 _COUNTS: dict[Any, Any] = {int: _Count, Sequence[int]: Annotated[Sequence[_Count], Field(min_length=1)]}
 
 

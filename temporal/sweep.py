@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .. import VacliError
 from ..store import Store, disk
 from .folds import one_process
-from .plan import videos_of
+from .plan import check_seed, run_folder, videos_of
 from .predict import Run, open_run
 from .preset import Preset, load_preset
 from .train import train
@@ -165,6 +165,7 @@ def sweep(
     """
     if trials < 1:
         raise VacliError(f"{trials} trials: wanted 1 or more")
+    check_seed(seed)
     changes = dict(changes or {})
 
     def load(more: Changes) -> Preset:
@@ -174,7 +175,7 @@ def sweep(
     overs = _space(space, load, changes)
     settings = _settings(preset, overs, seed, videos_of(store, preset, tell))
     name = name or f"{preset.name}-sweep-{_digest(settings)[:8]}"
-    searched = _Sweep(Path(runs) / name, overs, seed, settings)
+    searched = _Sweep(run_folder(runs, name), overs, seed, settings)
     while (trial := searched.next(trials)) is not None:
         with trial:
             tell(f"{trial.name} of {trials} trials: {' '.join(_said(trial.changes))}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
 import math
 import os
-import pickle
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -24,18 +24,18 @@ from safetensors.torch import save as as_safetensors
 
 from .. import VacliError, __version__
 from ..store import Store, disk
-from ..store.labels import UNLABELLED
 from .evaluate import choose_smoothing, figures, load_clips
-from .fitting import Alone, Fit, whole_loss
+from .fitting import Alone, Fit, check_alone, memory_told, warmup_epochs, whole_loss
 from .model import Network
-from .plan import Tell, make_plan, videos_of
+from .plan import Tell, make_plan, run_folder, start_from, videos_of
 from .predict import Run, best_device, face_stream_of, faces_of, finish, open_run, raw_curves
 from .preset import Preset
-from .published import read_charon
 from .windows import Clip, Windows
 
-__all__ = ["replace_file", "start_from", "train", "videos_of"]
+__all__ = ["replace_file", "train", "videos_of"]
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_UNREADABLE = "is damaged or cannot be read; remove it to train from the start"
 _UNSURE = (
     ", where two runs of one seed may differ in the last digits (attention's backward pass, sums over packed videos, "
     "mamba-ssm's scan); on a CPU they are the same"
@@ -57,34 +57,49 @@ def train(
     A run of the same settings goes on where it was stopped, to the same result; a finished one is returned as it
     is. tell: gets a line of progress per epoch. splits: {"train": ids, "validation": ids} instead of the data set's
     own. Raises VacliError if the store lacks a stream, a video or labels, if the preset cannot be built for these
-    streams or on this device, if another process is training in the same folder, or if training diverges.
+    streams or on this device, if another process is training in the same folder, if memory does not suffice, or if
+    training diverges.
     """
+    spec = preset.train
+    less = (
+        f"set train.batch (now {spec.batch}), windows.length (now {preset.windows.length}) or train.precision "
+        f"(now {spec.precision}) to less, or take a smaller head or fewer streams; what is done is kept"
+    )
     device = best_device()
-    if preset.train.precision == "float16" and device.type == "cpu":
+    if spec.precision == "float16" and device.type == "cpu":
         raise VacliError("train.precision = float16 wants a GPU; set bfloat16 or float32 on a CPU")
-    about = make_plan(store, preset, Path(runs), seed, tell, splits)
-    torch.manual_seed(seed)
-    dims = {stream: facts["dim"] for stream, facts in about["streams"].items()}
-    net = Network(preset, dims)  # before the folder: a preset that cannot be built leaves nothing behind
-    path = Path(runs) / (name or f"{preset.name}-{about['settings'][:8]}")
-    try:
-        with _alone_in(path):
-            if _is_finished(path, about):
-                tell(
-                    f"{path} is finished already, with the same settings, videos and features: nothing to train"
-                )
-            else:
-                _Training(store, preset, net.to(device), path, about, tell).run()
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        spec = preset.train
-        raise VacliError(
-            f"{device} ran out of memory; what is done in {path} is kept: set train.batch (now {spec.batch}), "
-            f"windows.length (now {preset.windows.length}) or train.precision (now {spec.precision}) to less"
-        ) from e
-    except OSError as e:  # a full disk, no permission, a file in the way
-        why = e.strerror or str(e)
-        raise VacliError(f"cannot use {path}: {why}; mend it and run again: what is done is kept") from e
+    if name:
+        run_folder(runs, name)
+    with memory_told(less):
+        about = make_plan(store, preset, Path(runs), seed, tell, splits)
+        net = _built(preset, about)  # before the folder: a preset that cannot be built leaves nothing behind
+        path = run_folder(runs, name or f"{preset.name}-{about['settings'][:8]}")
+        try:
+            with _alone_in(path):
+                if _is_finished(path, about):
+                    tell(
+                        f"{path} is finished already, with the same settings, videos and features: nothing to train"
+                    )
+                else:
+                    _Training(store, preset, net.to(device), path, about, tell).run()
+        except OSError as e:  # a full disk, no permission, a file in the way
+            why = e.strerror or str(e)
+            raise VacliError(f"cannot use {path}: {why}; mend it and run again: what is done is kept") from e
     return open_run(path)
+
+
+def _built(preset: Preset, about: dict[str, Any]) -> Network:
+    """The network with its first weights, by the seed. Raises VacliError for a preset that cannot be built."""
+    torch.manual_seed(about["seed"])
+    dims = {stream: facts["dim"] for stream, facts in about["streams"].items()}
+    try:
+        with memory_told(f"preset {preset.name} is too large: set its widths, or the layers, to less"):
+            net = Network(preset, dims)
+    except (TypeError, OverflowError, RuntimeError) as e:  # sizes beyond what torch can count
+        why = str(e).partition("\n")[0][:200]
+        raise VacliError(f"preset {preset.name} cannot be built: {why}; set its sizes to less") from e
+    check_alone(net, preset.train)
+    return net
 
 
 # ---- the training --------------------------------------------------------------------------------------------
@@ -114,7 +129,7 @@ class _Training:
                 self._alone()
             fit = Fit(self.net, whole_loss(self.net, self.spec), self.spec, self.spec.epochs, self.spec.ema)
             if self._stopped_in("whole"):
-                fit.load(self.state["fit"])
+                self._take_up(fit)
             while self._goes_on():
                 self._whole(fit)
         net = fit.judged
@@ -131,10 +146,12 @@ class _Training:
             self.net.standardise_by(self.windows["train"].moments())
             self.net.start_vgg()
             if self.spec.init_from:
-                start_from(self.net, Path(self.about["started_from"]["train.init_from"]["file"]), self.tell)
+                start_from(self.net, self.about, self.tell)
         replace_file(self.path / "run.json", json.dumps(_record(self.about), indent=1).encode())
         metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text().splitlines()[: self.done] if self.done else []
+        lines: list[str] = []
+        if self.done and metrics.exists():  # nothing rests on it: whatever is left of it will do
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()[: self.done]
         replace_file(metrics, "".join(f"{line}\n" for line in lines).encode())
         parameters = sum(p.numel() for p in self.net.parameters())
         self.tell(
@@ -142,6 +159,19 @@ class _Training:
             f"{self.rows['train']} rows; judged by {len(self.judges)} videos, {self.rows['validation']} rows; "
             f"on {self.device}{_UNSURE if self.device.type == 'cuda' else ''}"
         )
+        for key, epochs in (("alone_epochs", self.spec.alone_epochs), ("epochs", self.spec.epochs)):
+            warm_up = warmup_epochs(self.spec, epochs)
+            if epochs and warm_up < self.spec.warmup_epochs:
+                self.tell(
+                    f"train.warmup_epochs = {self.spec.warmup_epochs:g} is all of train.{key} = {epochs} or more: "
+                    f"the rate rises over {warm_up:.2g} epochs"
+                )
+
+    def _take_up(self, fit: Fit) -> None:
+        try:
+            fit.load(self.state["fit"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:  # another torch's
+            raise VacliError(f"{self.path / 'last.pt'} {_UNREADABLE}") from e
 
     def _stopped_in(self, stage: str) -> bool:
         return self.state.get("stage") == stage
@@ -155,7 +185,7 @@ class _Training:
         alone = Alone(self.net, self.spec).to(self.device)
         fit = Fit(alone, alone.loss, self.spec, self.spec.alone_epochs)
         if self._stopped_in("alone"):
-            fit.load(self.state["fit"])
+            self._take_up(fit)
         while self.done < self.spec.alone_epochs:
             began = time.perf_counter()
             loss = self._pass(fit, self.done)
@@ -182,7 +212,7 @@ class _Training:
         # as torch's ReduceLROnPlateau counts: with a patience of 0 the first epoch that is no better is enough
         no_better = epoch - max(self.best["epoch"], self.fell)
         if self.spec.schedule == "plateau" and no_better > self.spec.plateau_patience:
-            fit.fall(load_file(weights, str(self.device)))
+            fit.fall(_best_weights(self.path))
             self.fell = epoch
         seconds = time.perf_counter() - began
         self._save(fit, "whole", {"epoch": epoch + 1, "loss": loss, "ccc": found, "seconds": seconds})
@@ -195,7 +225,8 @@ class _Training:
 
     def _pass(self, fit: Fit, epoch: int) -> float:
         """Its randomness depends on the run's seed and the epoch alone, so a resumed run repeats it exactly."""
-        return fit.epoch(self.windows["train"], epoch, self.about["seed"] * 100_003 + self.done, self.tell)
+        seed = (self.about["seed"] * 100_003 + self.done) % 2**63  # as large as torch takes
+        return fit.epoch(self.windows["train"], epoch, seed, self.tell)
 
     def _save(self, fit: Fit, stage: str, line: dict[str, Any]) -> None:
         self.done += 1
@@ -206,30 +237,6 @@ class _Training:
         replace_file(self.path / "last.pt", _state_bytes({**where, "fit": fit.state()}))
 
 
-def start_from(net: Network, file: Path, tell: Tell) -> None:
-    """Take the tensors of a file that the network has too, by name and shape.
-
-    file: our .safetensors, or a published Mamba-VA checkpoint. Raises VacliError if it has none that fits.
-    """
-    ours = net.state_dict()
-    found: dict[str, torch.Tensor] = {}
-    if file.suffix == ".safetensors":
-        try:
-            found = load_file(file)
-        except SafetensorError as e:
-            raise VacliError(f"cannot read the weights {file}: {e}; wanted a whole .safetensors") from e
-    if not found.keys() & ours.keys():  # another's names
-        found = read_charon(file)
-    fitting = {k: v for k, v in found.items() if k in ours and v.shape == ours[k].shape}
-    if not fitting:
-        raise VacliError(
-            f"train.init_from = {file}: none of its {len(found)} tensors is one of this network's "
-            f"{len(ours)} by name and shape; wanted weights of a like preset and like streams"
-        )
-    net.load_state_dict(fitting, strict=False)
-    tell(f"{len(fitting)} of the network's {len(ours)} tensors come from {file}")
-
-
 def _load(
     store: Store, preset: Preset, about: dict[str, Any], net: Network, device: torch.device, tell: Tell
 ) -> tuple[dict[str, Windows], list[Clip]]:
@@ -237,31 +244,11 @@ def _load(
     windows: dict[str, Windows] = {}
     for split in ("train", "validation"):
         clips = load_clips(store, about, split)
-        _check_labels(split, clips)
         windows[split] = Windows(clips, preset.windows, preset.train.batch, device, net.patched)
     wanted, length = preset.windows.length, windows["train"].length
     if not preset.windows.whole and length < wanted:
         tell(f"windows of {wanted} rows are longer than every training video: they are cut to {length} rows")
     return windows, clips
-
-
-def _check_labels(split: str, clips: list[Clip]) -> None:
-    """Raises VacliError for a label outside [-1, 1] (imported ones are checked nowhere else), and for none valid."""
-    valid = 0
-    for clip in clips:
-        assert clip.labels is not None
-        known = np.isfinite(clip.labels).all(1) & (clip.labels != UNLABELLED).all(1)
-        valid += int(known.sum())
-        odd = known & (np.abs(np.nan_to_num(clip.labels)) > 1).any(1)
-        if odd.any():
-            row = int(odd.argmax())
-            pair = ", ".join(f"{v:g}" for v in clip.labels[row])
-            raise VacliError(
-                f"{clip.id} row {row}: the label ({pair}) lies outside [-1, 1]; wanted valence and arousal in [-1, 1], "
-                "NaN or -5 where unknown: scale them and import them again"
-            )
-    if not valid:
-        raise VacliError(f"the {split} videos have no valid label: wanted at least one frame that is not -5")
 
 
 def _judge(net: Network, windows: Windows, clips: list[Clip], about: dict[str, Any]) -> dict[str, float]:
@@ -272,7 +259,7 @@ def _judge(net: Network, windows: Windows, clips: list[Clip], about: dict[str, A
 
 def _finish(path: Path, about: dict[str, Any], net: Network, windows: Windows, clips: list[Clip]) -> None:
     """Choose the smoothing with the best weights, write the figures: from now on the run is finished."""
-    net.load_state_dict(load_file(path / "weights.safetensors"))
+    net.load_state_dict(_best_weights(path))
     raw = raw_curves(net.eval(), windows)
     face = face_stream_of(about)
     smoothing = choose_smoothing(raw, clips, face)
@@ -340,15 +327,37 @@ def _record(about: dict[str, Any]) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, Any]:
     """What the last whole epoch left. Raises VacliError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise VacliError(f"{path} is damaged or cannot be read; remove it to train from the start") from e
+        data = path.read_bytes()
+        digest, payload = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() != digest:
+            raise ValueError("its bytes are not those that were written")
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        missing = {"stage", "epoch", "best", "fell", "fit"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {min(missing)}")
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever an unpickler can raise
+        raise VacliError(f"{path} {_UNREADABLE}") from e
+    return state
 
 
 def _state_bytes(state: dict[str, Any]) -> bytes:
+    """Behind the SHA-256 of what torch writes: torch itself notices few bits that flipped."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    payload = buffer.getvalue()
+    return hashlib.sha256(payload).digest() + payload
+
+
+def _best_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Those of the best epoch so far. Raises VacliError, OSError."""
+    try:
+        return load_file(path / "weights.safetensors")
+    except (FileNotFoundError, SafetensorError) as e:
+        raise VacliError(
+            f"cannot read {path / 'weights.safetensors'}: {e}; remove {path / 'last.pt'} to train from the start"
+        ) from e
 
 
 def _weights_bytes(net: Network) -> bytes:

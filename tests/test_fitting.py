@@ -5,13 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from vacli import VacliError
 from vacli.temporal import fitting
 from vacli.temporal.blocks import Mamba, Mamba2
-from vacli.temporal.fitting import Alone, Fit, learning_rate, make_optimizer, whole_loss
+from vacli.temporal.fitting import (
+    Alone,
+    Fit,
+    check_alone,
+    learning_rate,
+    make_optimizer,
+    memory_told,
+    warmup_epochs,
+    whole_loss,
+)
 from vacli.temporal.model import Network
 from vacli.temporal.preset import TrainSpec, WindowSpec
 from vacli.temporal.windows import Batch, Clip, Windows
@@ -102,13 +112,16 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps_alone():
     assert losses[1] == pytest.approx(fits[1].loss(list(windows().batches())[1]).item())
 
 
-def test_labels_that_never_move_are_nothing_to_learn_from():
+@pytest.mark.parametrize("how", [{}, {"ccc": "sequence"}])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("label", [0.25, 0.1, -0.7])  # of which but one is a sum of halves
+def test_labels_that_never_move_are_nothing_to_learn_from(label, whole, how):
     still = clips(2)
     for clip in still:
-        clip.labels[:] = 0.25
-    fit = fit_of(network("linear"))
+        clip.labels[np.isfinite(clip.labels)] = label
+    fit = fit_of(network("linear"), **how)
     with pytest.raises(VacliError, match="nothing to learn from"):
-        fit.epoch(Windows(still, WindowSpec(length=50, stride=40), 4), 0, 0, quiet)
+        fit.epoch(Windows(still, WindowSpec(length=50, stride=40, whole=whole), 4), 0, 0, quiet)
 
 
 def test_the_gradient_is_clipped_to_its_norm():
@@ -203,9 +216,20 @@ def test_the_rate_goes_up_in_a_line_and_down_in_half_a_cosine_to_its_least():
     assert rate(50.3) == pytest.approx(0.2)  # a pass over packed videos may take a line more
     assert rate(0, TrainSpec(lr=1.0, warmup_epochs=0)) == 1
     assert rate(0, TrainSpec(lr=1.0, warmup_epochs=1e-4)) == 1  # never above
-    assert rate(2, spec, 3) == pytest.approx(0.4, abs=1e-3)  # a warm-up longer than the training
     values = [rate(epoch / 100) for epoch in range(500, 5000)]
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_a_warm_up_that_would_fill_its_stage_takes_a_third_of_it(epochs, schedule):
+    spec = TrainSpec(lr=1.0, warmup_epochs=5, schedule=schedule)
+    rates = [learning_rate(spec, epochs * i / 300, epochs, 0) for i in range(300)]
+    assert rates[:101] == sorted(rates[:101])
+    assert rates[50] == pytest.approx(0.5, abs=1e-2)
+    assert rates[100] == 1
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert warmup_epochs(spec, 6) == 5  # it leaves an epoch: as the preset says
 
 
 def test_on_a_plateau_the_rate_stays_and_falls_by_its_factor_to_its_least():
@@ -312,7 +336,9 @@ def test_alone_a_row_that_a_stream_did_not_see_counts_nowhere_in_it():
 
 def test_encoders_without_anything_to_train_cannot_be_trained_alone():
     with pytest.raises(VacliError, match=r"alone_epochs = 3.*encode\.<stream>\.blocks"):
-        Alone(network("linear"), TrainSpec(alone_epochs=3))
+        check_alone(network("linear"), TrainSpec(alone_epochs=3))
+    check_alone(network("linear"), TrainSpec())
+    check_alone(network("mamba"), TrainSpec(alone_epochs=3))
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------
@@ -333,3 +359,28 @@ def test_a_network_that_is_too_big_for_a_cpu_is_warned_of_after_the_first_steps(
 def test_diverging_is_one_line_that_names_the_learning_rate():
     with pytest.raises(VacliError, match=r"diverged in epoch 1.*train\.lr, now 1e\+30"):
         fit_of(network("linear"), lr=1e30).epoch(windows(), 0, 0, quiet)
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), " of the GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), " of the GPU"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 10 bytes\nframe #0"), ""),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 10 bytes."), ""),
+        (MemoryError("Unable to allocate 16 EiB for an array"), ""),
+    ],
+)
+def test_however_it_is_said_memory_that_is_full_is_one_line_with_the_mend(error, where):
+    with pytest.raises(VacliError) as e, memory_told("set train.batch to less"):
+        raise error
+    assert str(e.value) == f"out of memory{where}: set train.batch to less"
+
+
+def test_memory_that_a_tensor_cannot_have_is_told_and_nothing_else_is_taken_for_it():
+    with pytest.raises(VacliError, match=r"^out of memory: a mend$"), memory_told("a mend"):
+        torch.empty(2**58)
+    with pytest.raises(RuntimeError, match="must match the size"), memory_told("a mend"):
+        torch.ones(2) + torch.ones(3)
+    with pytest.raises(VacliError, match=r"^mine$"), memory_told("a mend"):
+        raise VacliError("mine")

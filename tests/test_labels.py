@@ -165,6 +165,11 @@ def test_a_constant_has_ccc_zero_with_anything(x, here, there):
     np.testing.assert_array_equal(Moments.of(x, flat).ccc(), 0)
     np.testing.assert_array_equal(Moments.of(flat, other).ccc(), 0)
     np.testing.assert_array_equal(Moments.of(flat, flat).ccc(), 0)
+    for a, b in ((flat, x), (x, flat), (flat, other), (flat, flat)):
+        for dtype in (np.float32, np.float64):
+            a, b, weight = a.astype(dtype), b.astype(dtype), ones(x).astype(dtype)
+            np.testing.assert_array_equal(ccc(a, b, weight), 0)
+            np.testing.assert_array_equal(ccc(*map(torch.from_numpy, (a, b, weight))).numpy(), 0)
 
 
 # ---- sums instead of rows ------------------------------------------------------------------------------------

@@ -139,3 +139,34 @@ def test_gradients_are_those_of_finite_differences():
         assert torch.autograd.gradcheck(
             lambda x, how=how: va_loss(x, labels, labelled, how, start), predicted
         )
+
+
+@given(
+    st.integers(0, 10_000),
+    st.floats(-1, 1, width=32),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([(BATCH, False), (SEQUENCE, False), (SEQUENCE, True)]),
+)
+def test_labels_that_never_move_have_no_gradient_at_all(seed, label, dtype, how):
+    predicted, labels, labelled = rows(2, 40, seed)
+    predicted = predicted.detach().to(dtype).requires_grad_()
+    labels = torch.full_like(labels, label, dtype=dtype)
+    start = torch.zeros(2, 40, dtype=torch.bool)
+    start[:, 0], start[0, 17] = True, True
+    spec, packed = how
+    loss = va_loss(predicted, labels, labelled, spec, start if packed else None)
+    assert loss.item() == 2
+    assert torch.equal(gradient(loss, predicted), torch.zeros_like(predicted))
+
+
+def test_labels_that_differ_by_little_far_from_zero_are_still_learnt_from_in_float32():
+    labelled = rows(2, 40)[2]
+    labels = 0.9 + 1e-6 * torch.randn(2, 40, 2, dtype=torch.float64)
+    near = (labels + 1e-7 * torch.randn_like(labels)).float()
+    labels = labels.float()  # what is left of them is what the exact sums are of
+    exact = va_loss(near.double(), labels.double(), labelled, BATCH).item()
+    assert va_loss(near, labels, labelled, BATCH).item() == pytest.approx(exact, abs=1e-5)
+    start = torch.zeros(2, 40, dtype=torch.bool)
+    start[:, 0], start[0, 17] = True, True
+    exact = va_loss(near.double(), labels.double(), labelled, SEQUENCE, start).item()
+    assert va_loss(near, labels, labelled, SEQUENCE, start).item() == pytest.approx(exact, abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 from vacli import VacliError
 from vacli.store import Store, Track, folder_name
 from vacli.temporal.evaluate import figures, load_clips
-from vacli.temporal.plan import own_splits, videos_of
+from vacli.temporal.plan import own_splits, run_folder, videos_of
 from vacli.temporal.predict import predict
 from vacli.temporal.preset import Preset
 from vacli.temporal.train import train
 
 from .toy_store import ROWS, add_video, make_store, recipe, tiny, tracks_of
+
+LABELLED = ROWS - math.ceil(ROWS / 13)
 
 
 def refusal(store: Store, preset: Preset, tmp_path: Path, **how: object) -> str:
@@ -49,6 +52,12 @@ def test_test_videos_never_train_nor_judge(tmp_path):
     run = train(store, tiny("linear", epochs=1), runs=tmp_path, tell=print)
     assert (set(run.about["train"]), set(run.about["validation"])) == ({"v00", "v01"}, {"v02"})
     assert kept_away not in json.dumps(run.about)
+
+
+def test_a_run_knows_how_far_its_labels_are_apart(tmp_path):
+    store = make_store(tmp_path / "s.zarr", train=2, validation=1)
+    run = train(store, tiny("linear", epochs=1), runs=tmp_path, tell=print)
+    assert run.about["label"]["step_s"] == pytest.approx(0.1)
 
 
 def test_without_a_validation_set_a_seeded_fifth_is_held_out():
@@ -121,7 +130,7 @@ def test_what_cannot_be_trained_on_is_one_line_with_the_mend(tmp_path):
     assert "none of the 1 videos" in refusal(store, tiny("linear"), tmp_path)
     add_video(store, 0)
     told = refusal(store, tiny("linear"), tmp_path)
-    assert "1 labelled video" in told
+    assert "1 video(s) with a valid label" in told
     assert "at least one to train on" in told
     add_video(store, 1, split="validation")
     told = refusal(store, tiny("linear", ["mea"]), tmp_path)
@@ -142,8 +151,48 @@ def relabelled(store: Store, number: int, values: np.ndarray, split: str) -> str
 def test_labels_that_say_nothing_are_refused_before_training(tmp_path, split, nothing):
     store = make_store(tmp_path / "s.zarr", train=split == "validation", validation=split == "train")
     relabelled(store, 7, np.full((ROWS, 2), nothing), split)
-    assert f"the {split} videos have no valid label" in refusal(store, tiny("linear"), tmp_path)
-    assert not list((tmp_path / "runs").iterdir())  # nothing was begun
+    assert "1 video(s) with a valid label and a stream are too few" in refusal(
+        store, tiny("linear"), tmp_path
+    )
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_a_video_without_a_valid_label_is_left_out_and_said_and_the_rows_are_those_with_one(tmp_path):
+    store = make_store(tmp_path / "s.zarr", train=2, validation=1)
+    relabelled(store, 7, np.full((ROWS, 2), -5), "train")
+    relabelled(store, 8, np.full((ROWS, 2), np.nan), "validation")
+    few = np.full((ROWS, 2), np.nan)
+    few[5:9], few[8, 1] = 0.5, -5
+    relabelled(store, 9, few, "train")
+    told: list[str] = []
+    rows = {video: facts["rows"] for video, facts in videos_of(store, tiny("linear"), told.append).items()}
+    assert rows == {"v00": LABELLED, "v01": LABELLED, "v02": LABELLED, "v09": 3}
+    assert told == ["2 of 6 videos are left out: no valid label, or none of the streams"]
+    run = train(store, tiny("linear", epochs=1), runs=tmp_path / "runs", tell=lambda line: None)
+    assert (set(run.about["train"]), set(run.about["validation"])) == ({"v00", "v01", "v09"}, {"v02"})
+    splits = {"train": ["v00"], "validation": ["v08"]}
+    assert "names v08, which" in refusal(store, tiny("linear"), tmp_path, splits=splits)
+
+
+def test_where_no_video_has_a_valid_label_that_is_one_line(tmp_path):
+    store = Store(tmp_path / "s.zarr", create=True)
+    for number in range(2):
+        relabelled(store, number, np.full((ROWS, 2), -5), "train")
+    assert "0 video(s) with a valid label" in refusal(store, tiny("linear"), tmp_path)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_labels_of_other_than_two_columns_are_refused_by_name(tmp_path, columns):
+    store = make_store(tmp_path / "s.zarr", train=1, validation=1)
+    relabelled(store, 7, np.zeros((ROWS, columns)), "train")
+    told = refusal(store, tiny("linear"), tmp_path)
+    assert f"label.va of v07 has rows of ({columns},); wanted (2,), valence and arousal" in told
+
+
+@pytest.mark.parametrize("name", ["label.va", "faces", "label.va@0123"])
+def test_a_track_that_is_no_feature_is_no_stream(toy, tmp_path, name):
+    told = refusal(toy, tiny("linear", [name]), tmp_path)
+    assert "cannot be a stream: it is no feature; there are logmel, mae" in told
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -182,10 +231,12 @@ def toy(tmp_path_factory) -> Store:
 
 def test_the_videos_for_folds_are_those_of_training_with_split_and_rows(toy):
     found = videos_of(toy, tiny("linear"), lambda line: None)
-    rows = {"v20": 50}
+    rows = {"v20": 50 - math.ceil(50 / 13)}  # every 13th is unlabelled
     splits = {"v03": "validation", "v04": "validation", "v20": None}
-    wanted = {v: {"split": splits.get(v, "train"), "rows": rows.get(v, ROWS)} for v in ("v00", "v01", "v02")}
-    wanted |= {v: {"split": splits[v], "rows": rows.get(v, ROWS)} for v in splits}
+    wanted = {
+        v: {"split": splits.get(v, "train"), "rows": rows.get(v, LABELLED)} for v in ("v00", "v01", "v02")
+    }
+    wanted |= {v: {"split": splits[v], "rows": rows.get(v, LABELLED)} for v in splits}
     assert found == wanted
 
 
@@ -206,3 +257,32 @@ def test_splits_that_share_name_strangers_or_are_empty_are_refused(toy, tmp_path
     for stranger in ("v99", "v21", "v22"):  # unknown, of the test set, without labels
         assert f"the validation split names {stranger}" in told(["v00"], [stranger])
     assert not (tmp_path / "runs").exists()
+
+
+# ---- names and seeds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/../..", "../a", "a/..", "/tmp/a", "a\0b"])
+def test_a_run_lies_strictly_below_the_folder_of_runs(toy, tmp_path, name):
+    assert "is no name of a run" in refusal(toy, tiny("linear"), tmp_path, name=name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_may_lie_deeper():
+    assert run_folder("runs", "mine/fold-1") == Path("runs/mine/fold-1")
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), 2**60, -1])
+def test_any_seed_of_63_bits_trains_and_decides(toy, tmp_path, seed):
+    preset = tiny("linear", epochs=1)
+    one, other = (train(toy, preset, runs=tmp_path, seed=s, tell=print) for s in (seed, seed ^ 1))
+    assert one.about["seed"] == seed
+    assert (one.path / "weights.safetensors").read_bytes() != (
+        other.path / "weights.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**400], ids=["2^63", "-2^63 - 1", "10^400"])
+def test_a_larger_seed_is_refused(toy, tmp_path, seed):
+    assert "bits; wanted one between -2^63 and 2^63 - 1" in refusal(toy, tiny("linear"), tmp_path, seed=seed)
+    assert not any(tmp_path.iterdir())

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from vacli import VacliError
 from vacli.store import Store
-from vacli.temporal import fitting
+from vacli.temporal import fitting, plan
 from vacli.temporal import train as training
 from vacli.temporal.evaluate import evaluate, figures, load_clips
+from vacli.temporal.model import Network
 from vacli.temporal.predict import Run, open_run, predict
 from vacli.temporal.preset import Preset
 from vacli.temporal.train import train
@@ -220,9 +221,38 @@ def test_a_run_folder_that_cannot_be_read_is_one_line(store, tmp_path):
         train(store, preset, runs=tmp_path / "runs", name="cut", tell=stop_at("epoch 1"))
     state = tmp_path / "runs" / "cut" / "last.pt"
     whole = state.read_bytes()
-    for damaged in (b"", whole[:1000], b"x" * 5000):
+    torch.save({"stage": "whole"}, tmp_path / "another.pt")
+    another = (tmp_path / "another.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # torch by itself may read it without a word
+    of_another = hashlib.sha256(another).digest() + another
+    for damaged in (b"", whole[:1000], b"x" * 5000, bytes(flipped), another, of_another):
         state.write_bytes(damaged)
-        assert "last.pt" in refusal(store, preset, tmp_path, name="cut")
+        assert "last.pt is damaged or cannot be read; remove it" in refusal(
+            store, preset, tmp_path, name="cut"
+        )
+    state.write_bytes(whole)
+    with pytest.raises(Interrupted):
+        train(store, preset, runs=tmp_path / "runs", name="cut", tell=stop_at("epoch 3"))
+    (tmp_path / "runs" / "cut" / "weights.safetensors").write_bytes(b"x" * 100)
+    assert "weights.safetensors" in refusal(store, preset, tmp_path, name="cut")
+
+
+def test_metrics_that_are_lost_or_cannot_be_read_stop_nothing(store, tmp_path):
+    preset = tiny("linear")
+    whole = train(store, preset, runs=tmp_path, name="whole", tell=lambda line: None)
+    for left, kept in ((None, []), (b"\xff\xfe\n", ["\ufffd\ufffd"])):
+        with pytest.raises(Interrupted):
+            train(store, preset, runs=tmp_path, name=f"cut{len(kept)}", tell=stop_at("epoch 1"))
+        metrics_file = tmp_path / f"cut{len(kept)}" / "metrics.jsonl"
+        metrics_file.unlink()
+        if left:
+            metrics_file.write_bytes(left)
+        run = train(store, preset, runs=tmp_path, name=f"cut{len(kept)}", tell=lambda line: None)
+        assert weights(run) == weights(whole)
+        lines = metrics_file.read_text().splitlines()
+        assert lines[: len(kept)] == kept
+        assert [json.loads(line)["epoch"] for line in lines[len(kept) :]] == [2, 3]
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line_and_keeps_what_is_done(
@@ -320,11 +350,10 @@ def first_weights(
     return load_file(run.path / "weights.safetensors")
 
 
-def test_it_starts_from_the_weights_of_a_run_or_of_a_file(store, run, tmp_path):
+def test_it_starts_from_the_weights_of_a_run(store, run, tmp_path):
     trained = load_file(run.path / "weights.safetensors")
     shutil.copytree(run.path, tmp_path / "before")
-    shutil.copy(run.path / "weights.safetensors", tmp_path / "any.safetensors")
-    for init_from in ("before", str(run.path), str(tmp_path / "any.safetensors")):
+    for init_from in ("before", str(run.path), str(run.path / "weights.safetensors")):
         told: list[str] = []
         found = first_weights(store, tiny("mamba", epochs=1, init_from=init_from), tmp_path, told, seed=3)
         assert found.keys() == trained.keys()
@@ -356,16 +385,119 @@ def test_weights_to_start_from_that_are_none_are_one_line(store, tmp_path):
 
 
 def test_a_published_checkpoint_gives_what_has_a_place_here(store, tmp_path, monkeypatch):
-    net = training.Network(tiny("mamba"), {"mae": 8, "logmel": 4})
+    net = Network(tiny("mamba"), {"mae": 8, "logmel": 4})
     given = {"tasks.va.2.bias": torch.tensor([0.25, -0.5]), "decode.9.odd": torch.zeros(2)}
-    monkeypatch.setattr(training, "read_charon", lambda file: given)
+    monkeypatch.setattr(plan, "read_charon", lambda file: given)
     told: list[str] = []
-    training.start_from(net, tmp_path / "published.pth", told.append)
+    about = {"streams": {}, "started_from": {"train.init_from": {"file": str(tmp_path / "published.pth")}}}
+    plan.start_from(net, about, told.append)
     assert net.state_dict()["tasks.va.2.bias"].tolist() == [0.25, -0.5]
     assert told[0].startswith(f"1 of the network's {len(net.state_dict())} tensors")
     given.pop("tasks.va.2.bias")
     with pytest.raises(VacliError, match=r"none of its 1 tensors"):
-        training.start_from(net, tmp_path / "published.pth", told.append)
+        plan.start_from(net, about, told.append)
+
+
+def started(net: Network, ours: list[str], tmp_path: Path, **of_run: Any) -> str:
+    """Start from weights of 7 throughout, of the shapes that `net` has or `made` says; what was told."""
+    made = of_run.pop("made", net)
+    file = tmp_path / "weights.safetensors"
+    save_file({name: torch.full_like(value, 7.0) for name, value in made.state_dict().items()}, file)
+    about = {
+        "streams": {name: {"folder": folder} for name, folder in zip(net.streams, ours, strict=True)},
+        "started_from": {"train.init_from": {"file": str(file), "sha256": "", **of_run}},
+    }
+    told: list[str] = []
+    plan.start_from(net, about, told.append)
+    return told[0]
+
+
+def taken(net: Network) -> set[str]:
+    return {name for name, value in net.state_dict().items() if (value == 7).all()}
+
+
+def of(net: Network, *beginnings: str) -> set[str]:
+    return {name for name in net.state_dict() if name.startswith(beginnings)}
+
+
+DIMS = {"mae": 8, "logmel": 4, "iresnet": 8}
+
+
+def small(streams: list[str], fuse: str = "concat") -> Network:
+    blocks = "[{linear = {dim = 8}}]"
+    return Network(tiny("mamba", streams, {"fuse": fuse, "encode.*.blocks": blocks}), DIMS)
+
+
+def test_streams_are_joined_by_their_recipes_not_by_their_places(tmp_path):
+    made = small(["mae", "logmel"])
+    net = small(["logmel", "mae"])
+    told = started(
+        net, ["logmel@1", "mae@1"], tmp_path, made=made, fuse="concat", streams=["mae@1", "logmel@1"]
+    )
+    assert taken(net) == of(net, "encode.", "absent.")
+    assert "all behind the streams, which were fused as concat of mae, logmel" in told
+
+    net = small(["mae", "iresnet"])  # as wide as each other
+    told = started(
+        net,
+        ["mae@2", "iresnet@1"],
+        tmp_path,
+        made=small(["iresnet", "mae"]),
+        fuse="concat",
+        streams=["iresnet@1", "mae@1"],
+    )
+    assert taken(net) == of(net, "encode.1.", "absent.1")
+    assert "mae, which was made in another way there" in told
+
+    net = small(["mae", "logmel"])
+    told = started(
+        net, ["mae@1", "logmel@1"], tmp_path, made=small(["mae"]), fuse="concat", streams=["mae@1"]
+    )
+    assert taken(net) == of(net, "encode.0.", "absent.0")
+    assert "logmel, which was not there" in told
+
+
+def test_what_one_stream_asks_another_goes_with_both(tmp_path):
+    made = small(["mae", "logmel", "iresnet"], "cross_attn")
+    net = small(["mae", "iresnet"], "cross_attn")
+    theirs = ["mae@1", "logmel@1", "iresnet@1"]
+    started(net, ["mae@1", "iresnet@1"], tmp_path, made=made, fuse="cross_attn", streams=theirs)
+    assert taken(net) == of(net, "encode.", "absent.", "ask.")
+    net = small(["iresnet", "mae"], "cross_attn")  # another one asks
+    started(net, ["iresnet@1", "mae@1"], tmp_path, made=made, fuse="cross_attn", streams=theirs)
+    assert taken(net) == of(net, "encode.", "absent.")
+
+
+def test_what_lies_behind_streams_that_are_fused_in_another_way_is_learned_again(tmp_path):
+    net = small(["mae", "iresnet"])  # what comes out is as wide
+    made, streams = small(["mae", "iresnet"], "cross_attn"), ["mae@1", "iresnet@1"]
+    told = started(net, streams, tmp_path, made=made, fuse="cross_attn", streams=streams)
+    assert taken(net) == of(net, "encode.", "absent.")
+    assert "fused as cross_attn of mae, iresnet" in told
+
+
+def test_a_stream_that_was_encoded_in_another_way_brings_nothing_its_standardising_neither(tmp_path):
+    made = Network(tiny("mamba", ["mae"], {"encode.*.blocks": "[{linear = {dim = 6}}]"}), DIMS)
+    net = small(["mae"])
+    told = started(net, ["mae@1"], tmp_path, made=made, fuse="concat", streams=["mae@1"])
+    assert not taken(net) & of(net, "encode.", "absent.")
+    assert of(net, "tasks.") <= taken(net)
+    assert "mae, which is encoded in another way there" in told
+
+
+def test_a_file_of_weights_alone_says_nothing_of_standardised_features(tmp_path):
+    net = small(["mae", "logmel"])
+    told = started(net, ["mae@1", "logmel@1"], tmp_path)
+    left_out = {
+        n for n in of(net, "absent.", "encode.") if n.startswith("absent") or n.endswith(("mean", "tion"))
+    }
+    assert taken(net) == net.state_dict().keys() - left_out
+    assert len(left_out) == 6
+    assert "left out: means, deviations and stand-ins" in told
+    net = Network(tiny("mamba", ["mae"], {"encode.*.standardise": "false"}), DIMS)
+    told = started(net, ["mae@1"], tmp_path)  # as the published network
+    assert taken(net) == net.state_dict().keys()
+    assert "left out" not in told
 
 
 def test_other_weights_to_start_from_are_other_settings(store, tmp_path):
@@ -442,11 +574,38 @@ def test_out_of_memory_says_what_to_set_and_loses_nothing(store, tmp_path, monke
 
     monkeypatch.setattr(fitting.Fit, "_step", full)
     told = refusal(store, preset, tmp_path, name="cut")
-    assert "set train.batch (now 4), windows.length (now 50) or train.precision (now float32)" in told
+    assert told.startswith(
+        "out of memory of the GPU: set train.batch (now 4), windows.length (now 50) or train."
+    )
     monkeypatch.undo()
     lines: list[str] = []
     assert_same(train(store, preset, runs=tmp_path / "runs", name="cut", tell=lines.append), whole)
     assert "after epoch 1" in lines[0]
+
+
+@pytest.mark.parametrize("dim", [10**22, 10**30, 2**62, 2**50])
+def test_a_network_beyond_all_sizes_is_one_line_and_nothing_is_begun(store, tmp_path, dim):
+    huge = tiny("mamba", also={"encode.*.blocks": f"[{{linear = {{dim = {dim}}}}}]"})
+    assert "preset mamba" in refusal(store, huge, tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_streams_without_blocks_are_not_trained_alone_and_nothing_is_begun(store, tmp_path):
+    assert "alone_epochs = 2" in refusal(store, tiny("linear", alone_epochs=2), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_warm_up_that_would_fill_a_stage_is_told(store, tmp_path):
+    told: list[str] = []
+    preset = tiny("mamba", epochs=2, alone_epochs=1, warmup_epochs=2)
+    train(store, preset, runs=tmp_path, tell=told.append)
+    assert [line for line in told if "warmup" in line] == [
+        f"train.warmup_epochs = 2 is all of train.{stage} or more: the rate rises over {third} epochs"
+        for stage, third in (("alone_epochs = 1", "0.33"), ("epochs = 2", "0.67"))
+    ]
+    told.clear()
+    train(store, tiny("mamba", epochs=2, warmup_epochs=1), runs=tmp_path, tell=told.append)
+    assert not [line for line in told if "warmup" in line]
 
 
 def test_a_plateau_lowers_the_rate_after_its_patience_again_and_again(store, tmp_path, monkeypatch):
