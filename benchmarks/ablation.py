@@ -8,11 +8,11 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
 from vacli.extract.finetune import finetune
 from vacli.extract.run import extract
-from vacli.extract.synthetic import AROUSAL, CUE_S, VALENCE, latents, make_puppets
+from vacli.extract.synthetic import AROUSAL, CUE_S, VALENCE, _end_with_parent, latents, make_puppets
 from vacli.store import Store, Track
 from vacli.temporal.evaluate import figures, load_clips
 from vacli.temporal.fitting import make_optimizer, whole_loss
@@ -52,11 +52,11 @@ two cores: {dim} dims instead of 256 (crossattn is crossattn-light as it is). Al
 and one seed. Mean and standard deviation over {seeds} seeds. CCC is of the curves as the networks have them, but for
 "smoothed". Training: seconds on one core, two runs side by side.
 
-What a label is made of is known: valence = 0.61 face + 0.39 mood, arousal = 0.39 face + 0.31 voice + 0.30 mood. A mood
-is told by a cue of 2 s (of valence: seen, of arousal: heard) and holds until the next, 14 to 28 s later. How much of
-each part there is in a curve is its coefficient in a least-squares fit of the curve by the parts, as a share of the
-label's own: 1 is all of it, 0 nothing. The moods are looked at only where the cue ended more than {field_s:g} s ago,
-out of the sight of the presets' causal TCN.
+What a label is made of is known: valence = {v_face:g} face + {mood_v:g} mood, arousal = {a_face:g} face + {a_sound:g}
+voice + {mood_a:g} mood. A mood is told by a cue of {cue_s:g} s (of valence: seen, of arousal: heard) and holds until the
+next, 14 to 28 s later. How much of each part there is in a curve is its coefficient in a least-squares fit of the curve
+by the parts, as a share of the label's own: 1 is all of it, 0 nothing. The moods are looked at only where the cue ended
+more than {field_s:g} s ago, out of the sight of the presets' causal TCN.
 
 | head | rate | valence | arousal | mean | smoothed | face | voice | mood seen | mood heard | parameters | training |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
@@ -225,7 +225,8 @@ class _Bench:
         scale = self._scale
         self._train_all()
         rates = " and ".join(f"{rate:g}" for rate in scale.rates)
-        text = SAYS.format(**vars(scale) | {"rates": rates}, field_s=FIELD_S, dim=DIM)
+        facts = {**vars(scale), **VALENCE, **AROUSAL, "rates": rates}
+        text = SAYS.format(**facts, field_s=FIELD_S, cue_s=CUE_S, dim=DIM)
         text += "".join(f"{self._row(case, scale.seeds)}\n" for case in scale.cases)
         needed_s = self._needs_s()
         if needed_s <= scale.mamba_va_s:
@@ -376,10 +377,14 @@ def train_here(
 def train_all(calls: Sequence[tuple[Any, ...]]) -> None:
     """train_here of every call, a process with one thread for each core; one after the other on a GPU."""
     processes = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    one_thread = partial(torch.set_num_threads, 1)
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=one_thread) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
         for future in [pool.submit(train_here, *call) for call in calls]:
             future.result()
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def code() -> str:
