@@ -53,10 +53,10 @@ and one seed. Mean and standard deviation over {seeds} seeds. CCC is of the curv
 "smoothed". Training: seconds on one core, two runs side by side.
 
 What a label is made of is known: valence = {v_face:g} face + {mood_v:g} mood, arousal = {a_face:g} face + {a_sound:g}
-voice + {mood_a:g} mood. A mood is told by a cue of {cue_s:g} s (of valence: seen, of arousal: heard) and holds until the
-next, 14 to 28 s later. How much of each part there is in a curve is its coefficient in a least-squares fit of the curve
-by the parts, as a share of the label's own: 1 is all of it, 0 nothing. The moods are looked at only where the cue ended
-more than {field_s:g} s ago, out of the sight of the presets' causal TCN.
+voice + {mood_a:g} mood. A mood is told by a cue of {cue_s:g} s (of valence: seen, of arousal: heard) and holds until
+the next, 14 to 28 s later. How much of each part there is in a curve is its coefficient in a least-squares fit of the
+curve by the parts, as a share of the label's own: 1 is all of it, 0 nothing. The moods are looked at only where the cue
+ended more than {field_s:g} s ago, out of the sight of the presets' causal TCN.
 
 | head | rate | valence | arousal | mean | smoothed | face | voice | mood seen | mood heard | parameters | training |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|

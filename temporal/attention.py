@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from .lines import any_in_video, hide, rows_since_start, videos
 
+_QUERIES = (
+    1024  # at once, where each pair of rows has a score to add: of a whole video they would fill the memory
+)
+
 
 def attend(
     q: Tensor,
@@ -22,19 +26,27 @@ def attend(
     *,
     causal: bool = False,
     dropout: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k' / sqrt(E)) v within each video: q, k, v (B, H, T, E) -> (B, H, T, E).
 
     A row sees the keys that key_mask (B, T) leaves, if `causal` none after itself; zeros where it sees none. What a
-    masked key holds must be finite. Cost and memory are those of each video by itself, never of the whole line.
+    masked key holds must be finite. slopes (H,): how much a head's scores fall with each row between query and key
+    (Press et al. 2022, ALiBi, both ways). Cost and memory are those of each video by itself, never of the whole line.
     """
     if start is not None:
         lines: list[list[Tensor]] = [[] for _ in q]
         for i, rows in videos(start):
             seen = None if key_mask is None else key_mask[i : i + 1, rows]
             q_i, k_i, v_i = (x[i : i + 1, :, rows] for x in (q, k, v))
-            lines[i].append(attend(q_i, k_i, v_i, seen, causal=causal, dropout=dropout))
+            lines[i].append(attend(q_i, k_i, v_i, seen, causal=causal, dropout=dropout, slopes=slopes))
         return torch.cat([torch.cat(line, dim=2) for line in lines])
+    if slopes is not None:
+        assert not causal
+        parts = enumerate(q.split(_QUERIES, dim=2))
+        return torch.cat(
+            [_near(part, k, v, key_mask, n * _QUERIES, slopes, dropout) for n, part in parts], dim=2
+        )
     if key_mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     sees = key_mask[:, None, None]
@@ -44,6 +56,21 @@ def attend(
     blind = ~sees.any(-1, keepdim=True)
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=sees | blind, dropout_p=dropout)
     return found.masked_fill(blind, 0)
+
+
+def _near(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, slopes: Tensor, dropout: float
+) -> Tensor:
+    """attend() of the queries from row `first` on, with slopes."""
+    rows = torch.arange(k.shape[2], device=k.device)
+    apart = (rows[first : first + q.shape[2], None] - rows).abs()
+    bias = (-slopes.to(q.dtype)[:, None, None] * apart)[None]
+    blind = None
+    if key_mask is not None:
+        blind = ~key_mask.any(1)[:, None, None, None]
+        bias = bias.masked_fill(~(key_mask[:, None, None] | blind), -torch.inf)
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    return found if blind is None else found.masked_fill(blind, 0)
 
 
 def positions(place: Tensor, dim: int) -> Tensor:
@@ -56,12 +83,22 @@ def positions(place: Tensor, dim: int) -> Tensor:
 class CrossAttention(nn.Module):
     """Queries of one stream on the keys of another, many heads (USTC, "Interactive multimodal fusion", ABAW8).
 
-    gate: their code's variant, g * query + (1 - g) * attended with g = sigmoid(W [query; attended]) for every dim,
-    instead of what was attended to alone. Raises ValueError where `heads` do not divide `dim_query`.
+    near: a head's scores fall with the rows between query and key, by 1/2, 1/8, 1/32, ... a row for head after head:
+    nothing else tells a query which of the keys is of its own time, and on puppets what was said stayed unheard
+    without it (benchmarks/LOG.md). The paper has none. gate: their code's variant, g * query + (1 - g) * attended with
+    g = sigmoid(W [query; attended]) for every dim, instead of what was attended to alone. Raises ValueError where
+    `heads` do not divide `dim_query`.
     """
 
     def __init__(
-        self, dim_query: int, dim_key: int, *, heads: int, dropout: float = 0.0, gate: bool = False
+        self,
+        dim_query: int,
+        dim_key: int,
+        *,
+        heads: int,
+        dropout: float = 0.0,
+        gate: bool = False,
+        near: bool = False,
     ) -> None:
         super().__init__()
         _check_heads(dim_query, heads)
@@ -71,6 +108,8 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim_query, dim_query)
         self.dropout = nn.Dropout(dropout)
         self.gate = nn.Linear(2 * dim_query, dim_query) if gate else None
+        slopes = 2.0 ** -(2 * torch.arange(heads) + 1) if near else None
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(
         self, query: Tensor, key: Tensor, key_mask: Tensor | None = None, start: Tensor | None = None
@@ -81,7 +120,7 @@ class CrossAttention(nn.Module):
         """
         q = _heads(self.query(query), self.heads)
         k, v = (_heads(x, self.heads) for x in self.key_value(hide(key, key_mask)).chunk(2, dim=-1))
-        found = attend(q, k, v, key_mask, start, dropout=_rate(self.dropout))
+        found = attend(q, k, v, key_mask, start, dropout=_rate(self.dropout), slopes=self.slopes)
         attended = self.out(found.transpose(1, 2).flatten(2))
         if self.gate is not None:
             g = torch.sigmoid(self.gate(torch.cat([query, attended], dim=-1)))

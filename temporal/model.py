@@ -148,7 +148,7 @@ def drop_streams(
 def _ask(preset: Preset, dim_query: int, dim_key: int) -> nn.Module:
     spec = preset.cross_attn
     try:
-        return CrossAttention(dim_query, dim_key, heads=spec.heads, dropout=spec.dropout, gate=spec.gate)
+        return CrossAttention(dim_query, dim_key, **spec.model_dump())
     except ValueError as e:  # heads that do not divide the width
         raise VacliError(f"preset {preset.name}: cross_attn: {e}") from e
 

@@ -62,12 +62,14 @@ class Encode(_Strict):
 class CrossAttn(_Strict):
     """fuse = "cross_attn": rows of the first stream ask every other stream (USTC, section 3.3).
 
-    gate: what was asked for and what was found are mixed by a learnt share, instead of standing side by side.
+    gate: what was asked for and what was found are mixed by a learnt share, instead of standing side by side. near:
+    rows near in time count more (the paper has no such thing, and no way to tell which sound is of a face's own time).
     """
 
     heads: int = Field(4, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     gate: bool = False
+    near: bool = True
 
 
 class Task(_Strict):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from vacli.temporal import attention
 from vacli.temporal.attention import CrossAttention, Transformer, attend, positions
 
 B, T, DQ, DK = 2, 17, 6, 5
@@ -29,8 +30,8 @@ def asking(**options):
     return CrossAttention(DQ, DK, heads=2, **options).double()
 
 
-def plain_attend(q, k, v, key_mask=None, start=None, *, causal=False):
-    """One query after the other, from the formula: softmax(q k' / sqrt(E)) v over the keys it may see."""
+def plain_attend(q, k, v, key_mask=None, start=None, *, causal=False, slopes=None):
+    """One query after the other, from the formula: softmax(q k' / sqrt(E) - slope * rows apart) v over its keys."""
     found = torch.zeros_like(q)
     video = torch.zeros(B, T) if start is None else start[:, 1:].cumsum(1)
     if start is not None:
@@ -46,6 +47,8 @@ def plain_attend(q, k, v, key_mask=None, start=None, *, causal=False):
             ]
             if keys:
                 score = torch.einsum("he,hse->hs", q[b, :, t], k[b][:, keys]) / math.sqrt(q.shape[-1])
+                if slopes is not None:
+                    score = score - slopes[:, None] * (torch.tensor(keys) - t).abs()
                 found[b, :, t] = torch.einsum("hs,hse->he", score.softmax(-1), v[b][:, keys])
     return found
 
@@ -53,12 +56,17 @@ def plain_attend(q, k, v, key_mask=None, start=None, *, causal=False):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("start", [None, packs()])
 @pytest.mark.parametrize("mask", [None, some_seen(), torch.zeros(B, T, dtype=torch.bool)])
-def test_attention_is_the_formula_row_by_row(causal, start, mask):
+@pytest.mark.parametrize("near", [False, True])
+def test_attention_is_the_formula_row_by_row(causal, start, mask, near, monkeypatch):
     """Gradients included; zeros, not NaN, where a row sees no key."""
+    if near and causal:
+        pytest.skip("no block wants both")
+    monkeypatch.setattr(attention, "_QUERIES", 4)  # so that there are several parts
+    slopes = torch.tensor([0.5, 0.125], dtype=torch.float64) if near else None
     results = []
     for function in (attend, plain_attend):
         inputs = [rows(B, 2, T, 3, seed=i).requires_grad_() for i in range(3)]
-        y = function(*inputs, mask, start, causal=causal)
+        y = function(*inputs, mask, start, causal=causal, slopes=slopes)
         gradients = torch.autograd.grad(y.sin().sum() + 0 * sum(x.sum() for x in inputs), inputs)
         results.append((y, *gradients))
     for fast, plain in zip(*results, strict=True):
@@ -66,9 +74,10 @@ def test_attention_is_the_formula_row_by_row(causal, start, mask):
 
 
 @pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("near", [False, True])
 class TestCrossAttention:
-    def test_a_masked_key_changes_nothing(self, gate):
-        block, query, key, mask = asking(gate=gate), rows(B, T, DQ), rows(B, T, DK), some_seen()
+    def test_a_masked_key_changes_nothing(self, gate, near):
+        block, query, key, mask = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK), some_seen()
         results = []
         for seen in (key, key.masked_fill(~mask[..., None], float("nan"))):
             y = block(query, seen, mask, packs())
@@ -77,9 +86,9 @@ class TestCrossAttention:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
     @pytest.mark.parametrize("start", [None, packs()])
-    def test_a_query_without_a_key_gets_exactly_nothing(self, gate, start):
+    def test_a_query_without_a_key_gets_exactly_nothing(self, gate, near, start):
         """A whole line, or one packed video of it, without a valid key: zeros there, finite gradients."""
-        block, mask = asking(gate=gate), some_seen() | (torch.arange(T) == 13)
+        block, mask = asking(gate=gate, near=near), some_seen() | (torch.arange(T) == 13)
         mask[0, : T if start is None else 5] = False
         query = rows(B, T, DQ).requires_grad_()
         key = rows(B, T, DK).masked_fill(~mask[..., None], float("nan")).requires_grad_()
@@ -96,41 +105,46 @@ class TestCrossAttention:
         assert (key.grad[~mask] == 0).all()
         assert (query.grad[blind] == 0).all()
 
-    def test_no_key_anywhere_is_zeros(self, gate):
-        block, mask = asking(gate=gate), torch.zeros(B, T, dtype=torch.bool)
+    def test_no_key_anywhere_is_zeros(self, gate, near):
+        block, mask = asking(gate=gate, near=near), torch.zeros(B, T, dtype=torch.bool)
         y = block(rows(B, T, DQ), rows(B, T, DK) * float("nan"), mask)
         assert (y == 0).all()
         for gradient in torch.autograd.grad(y.sum(), list(block.parameters())):
             assert (gradient == 0).all()
 
-    def test_a_packed_video_gets_what_it_gets_alone(self, gate):
-        block, query, key, mask = asking(gate=gate), rows(B, T, DQ), rows(B, T, DK), some_seen()
+    def test_a_packed_video_gets_what_it_gets_alone(self, gate, near):
+        block, query, key, mask = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK), some_seen()
         y = block(query, key, mask, packs())
         for line, part in ((0, slice(0, 5)), (0, slice(5, 6)), (0, slice(6, T)), (1, slice(0, 11))):
             here = (slice(line, line + 1), part)
             torch.testing.assert_close(y[here], block(query[here], key[here], mask[here]))
 
-    def test_a_row_sees_keys_before_and_after_it_whatever_their_order(self, gate):
-        block, query, key, mask = asking(gate=gate), rows(B, T, DQ), rows(B, T, DK), some_seen()
+    def test_the_order_of_the_keys_counts_only_where_near_ones_count_more(self, gate, near):
+        block, query, key, mask = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK), some_seen()
         order = torch.randperm(T, generator=torch.Generator().manual_seed(5))
-        torch.testing.assert_close(
-            block(query, key[:, order], mask[:, order]), block(query, key, mask), rtol=1e-9, atol=1e-12
-        )
+        shuffled, as_they_are = block(query, key[:, order], mask[:, order]), block(query, key, mask)
+        assert torch.allclose(shuffled, as_they_are, rtol=1e-9, atol=1e-12) != near
 
-    def test_an_all_true_mask_changes_nothing(self, gate):
-        block, query, key = asking(gate=gate), rows(B, T, DQ), rows(B, T, DK)
+    def test_a_row_sees_keys_before_and_after_it(self, gate, near):
+        block, query, key = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK).requires_grad_()
+        (gradient,) = torch.autograd.grad(block(query, key)[:, 7].sin().sum(), key)
+        assert (gradient[:, :7] != 0).any()
+        assert (gradient[:, 8:] != 0).any()
+
+    def test_an_all_true_mask_changes_nothing(self, gate, near):
+        block, query, key = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK)
         mask = torch.ones(B, T, dtype=torch.bool)
         torch.testing.assert_close(block(query, key, mask), block(query, key))
         torch.testing.assert_close(block(query, key, mask, packs()), block(query, key, None, packs()))
 
-    def test_dropout_acts_in_training_only(self, gate):
-        block, query, key = asking(gate=gate, dropout=0.5), rows(B, T, DQ), rows(B, T, DK)
+    def test_dropout_acts_in_training_only(self, gate, near):
+        block, query, key = asking(gate=gate, near=near, dropout=0.5), rows(B, T, DQ), rows(B, T, DK)
         assert (block(query, key) != block(query, key)).any()
         block.eval()
         torch.testing.assert_close(block(query, key), block(query, key), rtol=0, atol=0)
 
-    def test_runs_in_mixed_precision(self, gate):
-        block, query, key, mask = asking(gate=gate), rows(B, T, DQ), rows(B, T, DK), some_seen()
+    def test_runs_in_mixed_precision(self, gate, near):
+        block, query, key, mask = asking(gate=gate, near=near), rows(B, T, DQ), rows(B, T, DK), some_seen()
         wanted = block(query, key, mask, packs()).float()
         block = block.float()
         with torch.autocast("cpu", torch.bfloat16):
