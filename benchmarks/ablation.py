@@ -47,10 +47,11 @@ SAYS = """\
 Puppets: {train} videos to train on, {validation} to stop by and to choose the learning rate and the smoothing by, and
 {test} that nothing was chosen by, which are judged here ({length_s:g} s each at {rate_hz:g} Hz, every one another
 person). A small ViT tuned on other puppets stands in for the MAE. The presets, made narrow so that all of it fits on
-two cores: {dim} dims instead of 256 (crossattn is crossattn-light as it is). All alike: a batch is one whole video of
-{length} rows, {epochs} epochs, and the better of the learning rates {rates} for every head, by the validation videos
-and one seed. Mean and standard deviation over {seeds} seeds. CCC is of the curves as the networks have them, but for
-"smoothed". Training: seconds on one core, two runs side by side.
+two cores: {dim} dims instead of 256 (crossattn is crossattn-light as it is; "not near": its attention as published,
+which does not know what is near in time). All alike: a batch is one whole video of {length} rows, {epochs} epochs, and
+the better of the learning rates {rates} for every head, by the validation videos and one seed. Mean and standard
+deviation over {seeds} seeds. CCC is of the curves as the networks have them, but for "smoothed". Training: seconds on
+one core, two runs side by side.
 
 What a label is made of is known: valence = {v_face:g} face + {mood_v:g} mood, arousal = {a_face:g} face + {a_sound:g}
 voice + {mood_a:g} mood. A mood is told by a cue of {cue_s:g} s (of valence: seen, of arousal: heard) and holds until
@@ -104,6 +105,7 @@ CASES = (
     *GAPPED,
     Case("mamba, both ways", "mamba", {**_TCN, "causal": "false"}, base="mamba"),
     Case("mamba, no sound", "mamba", _TCN, ("mae",), base="mamba"),
+    Case("crossattn, not near", "crossattn-light", {"cross_attn.near": "false"}, base="crossattn"),
     Case("crossattn, no sound", "crossattn-light", {}, ("mae",), base="crossattn"),
 )
 MAMBA_VA = Case("mamba-va", "mamba-va", streams=("mae",))  # 67 M parameters: as published, and one seed
