@@ -83,7 +83,9 @@ def train(
         )
         return
     of = read_subjects(subjects) if subjects else None
-    done = train_folds(Store(store), preset, folds=6 if folds is None else folds, only=fold, subjects=of, **how)
+    done = train_folds(
+        Store(store), preset, folds=6 if folds is None else folds, only=fold, subjects=of, **how
+    )
     click.echo(done.table())
 
 
