@@ -90,6 +90,8 @@ class CrossAttention(nn.Module):
     `heads` do not divide `dim_query`.
     """
 
+    slopes: Tensor | None
+
     def __init__(
         self,
         dim_query: int,
