@@ -25,7 +25,7 @@ from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
 from vacli.extract.finetune import finetune
 from vacli.extract.run import extract
-from vacli.extract.synthetic import AROUSAL, CUE_S, VALENCE, _end_with_parent, latents, make_puppets
+from vacli.extract.synthetic import AROUSAL, CUE_S, VALENCE, end_with_parent, latents, make_puppets
 from vacli.store import Store, Track
 from vacli.temporal.evaluate import figures, load_clips
 from vacli.temporal.fitting import make_optimizer, whole_loss
@@ -34,6 +34,8 @@ from vacli.temporal.predict import Run, faces_of, finish, raw_curves
 from vacli.temporal.preset import Preset, load_preset
 from vacli.temporal.train import train
 from vacli.temporal.windows import Batch, Clip, Windows
+
+from .report import spread
 
 KEPT = Path(__file__).parent / "work" / "ablation"  # runs, so that a stopped benchmark goes on
 BOTH = ("mae", "logmel")
@@ -142,12 +144,6 @@ def results(folder: Path, small: bool = False) -> str:
     """Markdown: two sections with a table each. What `folder` holds of an earlier call is not computed again."""
     bench = _Bench(SMALL if small else FULL, folder)
     return bench.heads() + bench.gaps()
-
-
-def spread(values: Sequence[float] | np.ndarray) -> str:
-    """Mean and standard deviation over seeds; the mean alone of one."""
-    values = np.asarray(values)
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def shares(curves: dict[str, Track], truth: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
@@ -386,7 +382,7 @@ def train_all(calls: Sequence[tuple[Any, ...]]) -> None:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def code() -> str:

@@ -16,6 +16,8 @@ from vacli.extract.pretrain import pretrain
 from vacli.extract.synthetic import make_puppets
 from vacli.store import Store
 
+from .report import spread
+
 BATCH = 64
 SAYS = """\
 ## Pre-training
@@ -64,7 +66,7 @@ def results(small: bool = False) -> str:
         losses = [bench.pretrain(seed) for seed in range(scale.seeds)]
         rows = [row for count in scale.labelled for row in bench.rows(count)]
     lrs = ", ".join(f"{lr:g}" for lr in scale.lrs)
-    says = SAYS.format(**vars(scale) | {"loss": _spread(np.array(losses)), "lrs": lrs})
+    says = SAYS.format(**vars(scale) | {"loss": spread(np.array(losses)), "lrs": lrs})
     return says + "\n".join(rows) + "\n"
 
 
@@ -102,7 +104,7 @@ class _Bench:
         for start, lrs in (("random", self._scale.lrs), ("pre-trained", (self._scale.lr,))):
             tried = {lr: np.array([self._tune(count, start, lr, seed) for seed in seeds]) for lr in lrs}
             best = max(lrs, key=lambda lr: float(tried[lr][:, 2].mean()))
-            cells = [_spread(column) for column in tried[best].T]
+            cells = [spread(column) for column in tried[best].T]
             frames = count * round(seconds * self._scale.rate_hz)
             yield f"| {count} ({frames}) | {start} | {best:g} | {' | '.join(cells)} |"
 
@@ -136,10 +138,6 @@ class _Bench:
 
     def _pretrained(self, seed: int) -> Path:
         return self._folder / f"faces-{seed}.safetensors"
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
 
 
 if __name__ == "__main__":

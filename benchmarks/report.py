@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 from .race import Result, Target
 
@@ -18,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TOP = """# Results
 
-Made by `python -m benchmarks`, not by hand; each part says when and on what. The contenders of a race run in turns,
-round after round, in one process, with all files in the page cache. The first row is the plain twin; ratio = the twin's
-time / the row's time in the same round: more is faster. Figures are medians over the rounds, quartiles the ratio's.
+Made by `python -m benchmarks`; a part that was put together by hand says so. Each part says when and on what.
+The contenders of a race run in turns, round after round, in one process, with all files in the page cache. The first
+row is the plain twin; ratio = the twin's time / the row's time in the same round: more is faster. Figures are medians
+over the rounds, quartiles the ratio's.
 """
 
 
@@ -138,3 +142,9 @@ def _commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """Mean and standard deviation over seeds; the mean alone of one."""
+    values = np.asarray(values)
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")

@@ -19,7 +19,8 @@ from vacli.temporal.plan import make_plan
 from vacli.temporal.predict import predict
 from vacli.temporal.preset import Preset, load_preset
 
-from .ablation import code, spread, train_all, train_here
+from .ablation import code, train_all, train_here
+from .report import spread
 
 KEPT = Path(__file__).parent / "work" / "studyforrest"
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "studyforrest.sh"

@@ -108,14 +108,14 @@ def finetune(
         lr if lr is not None else 2e-3 if from_scratch else 1e-4,
         weight_decay,
         ema=ema,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         patience=patience,
         seed=seed,
     )
     claim(out)
     with training.team() as device:
         torch.manual_seed(seed)
-        net, about = _start(model, weights, from_scratch, size, freeze, store)
+        net, about = begun(model, weights, from_scratch, size, freeze, store)
         net.vit.set_grad_checkpointing(checkpointing)
         train, held_out = training.first_alone(lambda: _both(samples, store, out, choices, settings))
         resume = out.with_suffix(".resume")
@@ -134,7 +134,8 @@ def finetune(
     return figures
 
 
-def _dtype(asked: str | None) -> str:
+def dtype_of(asked: str | None) -> str:
+    """What to compute in, where nothing is asked what suits the machine. Raises VacliError for float16 on a CPU."""
     on_gpu = torch.cuda.is_available()
     if asked == "float16" and not on_gpu:
         raise VacliError(
@@ -177,7 +178,7 @@ class Tuned(nn.Module):
         ]
 
 
-def _start(
+def begun(
     model: str | None,
     weights: str | None,
     from_scratch: bool,
@@ -192,7 +193,7 @@ def _start(
         about = {"model": name, "size": size or config.input_size[-1], "mean": config.mean, "std": config.std}
         about |= {"licence": None, "note": None, "tuned_from": None}
         vit = build_vit(name, about["size"])
-        _initialise(vit)
+        initialise(vit)
     else:
         mae = Mae(model, weights, fingerprints=store.fingerprints)
         about = {"model": mae.model_name, "size": mae.size, "mean": mae.mean, "std": mae.std}
@@ -207,7 +208,7 @@ def _start(
     return Tuned(vit, freeze, tuple(about["mean"]), tuple(about["std"])), about
 
 
-def _initialise(vit: Any) -> None:
+def initialise(vit: Any) -> None:
     """MAE's own start (He et al. 2022): xavier weights and sine-cosine positions.
 
     timm's 0.02 leaves a narrow ViT without a signal for its first thousand steps. The lowest frequency is one turn

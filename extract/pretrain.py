@@ -20,7 +20,7 @@ from ..store import Store
 from . import training
 from .augment import Strength, augment, numbers
 from .datasets import Sample
-from .finetune import _dtype, _initialise, _start
+from .finetune import begun, dtype_of, initialise
 from .labelled import Fetched, Labelled, draw, fetch
 from .mae import Mae
 from .pixels import normalise, resize
@@ -79,7 +79,7 @@ def pretrain(
     """
     choices = Choices(mask, frames_per_video, batch)
     rate = lr if lr is not None else _SCRATCH_LR if from_scratch else _BASE_LR * batch / 256
-    settings = Settings(epochs, rate, dtype=_dtype(dtype), seed=seed)
+    settings = Settings(epochs, rate, dtype=dtype_of(dtype), seed=seed)
     claim(out)
     with training.team() as device:
         torch.manual_seed(seed)
@@ -155,7 +155,7 @@ class MaskedAutoencoder(nn.Module):
             depth=min(_PAPER_BLOCKS, max(1, len(vit.blocks) * 2 // 3)),
             num_heads=width // _HEAD_WIDTH,
         )
-        _initialise(decoder)
+        initialise(decoder)
         self.decoder_embed = nn.Linear(vit.embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = decoder.pos_embed.requires_grad_(False)
@@ -240,7 +240,7 @@ def _begin(
     model: str | None, weights: str | None, from_scratch: bool, size: int | None, mask: float, store: Store
 ) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     """The network as it begins, and what its weights will say of themselves."""
-    tuned, about = _start(model, weights, from_scratch, size, 0, store)
+    tuned, about = begun(model, weights, from_scratch, size, 0, store)
     net = MaskedAutoencoder(tuned.vit)
     if not 0 < round(net.patches * mask) < net.patches:
         raise VacliError(

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .. import VacliError
 from ..store import Store
@@ -21,6 +19,7 @@ from .model import Network
 from .predict import open_run
 from .preset import Preset
 from .published import read_charon
+from .vgg import read_weights
 
 _HELD_OUT_SHARE = 0.2
 _NO_FEATURES = {"label.va", "faces"}  # tracks that say where and what is known, and show nothing
@@ -344,15 +343,9 @@ _Tensors = dict[str, torch.Tensor]
 
 
 def _read_weights(file: Path, ours: _Tensors) -> _Tensors:
-    found: _Tensors = {}
-    if file.suffix == ".safetensors":
-        try:
-            found = load_file(file)
-        except (OSError, SafetensorError) as e:
-            raise VacliError(f"cannot read the weights {file}: {e}; wanted a whole .safetensors") from e
-    if not found.keys() & ours.keys():  # another's names
-        found = read_charon(file)
-    return found
+    """Of our own names as they are; of another's, the published network's under ours."""
+    found = read_weights(file) if file.suffix == ".safetensors" else {}
+    return found if found.keys() & ours.keys() else read_charon(file)
 
 
 def _renamed(

@@ -32,6 +32,7 @@ HOP_S, ROW_S = 0.010, 0.025  # from a log-mel row to the next, and what one sees
 SILENCE = math.log(0.01)
 WINDOWS = ("centred", "look-ahead", "causal")
 _SEEN_S = (PATCH_ROWS - 1) * HOP_S + ROW_S
+_PARALLEL = 2**15  # values: at::internal::GRAIN_SIZE
 _PIECE = 128  # patches: 0.8 GB of activations
 
 
@@ -163,11 +164,17 @@ class LogMelRows:
 
 
 def gather(rows: Tensor, starts: Tensor, length: int = PATCH_ROWS) -> Tensor:
-    """rows (N, ...), starts (...) -> (..., length, ...): views that overlap, so one index_select."""
+    """rows (N, ...), starts (...) -> (..., length, ...): one index_select of stretches that lie within the windows."""
     rows = rows.contiguous()
-    shape = (len(rows) - length + 1, length, *rows.shape[1:])
-    view = rows.as_strided(shape, (rows.stride(0), *rows.stride()))  # no copy
-    return view.index_select(0, starts.flatten()).unflatten(0, starts.shape)
+    width = rows[0].numel()
+    # as many rows as divide a window and stay below what torch copies by several threads at a time: it then hands
+    # whole stretches to its threads, faster on a CPU; single rows are slower again than whole windows
+    fitting = [n for n in range(8, length + 1) if length % n == 0 and n * width < _PARALLEL]
+    stretch = max(fitting, default=length)
+    view = rows.as_strided((len(rows) - stretch + 1, stretch * width), (width, 1))  # no copy
+    inside = torch.arange(0, length, stretch, device=starts.device)
+    found = view.index_select(0, (starts.reshape(-1, 1) + inside).flatten())
+    return found.view(*starts.shape, length, *rows.shape[1:])
 
 
 def gather_plain(rows: Tensor, starts: Tensor, length: int = PATCH_ROWS) -> Tensor:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from vacli.cli import main
 from vacli.extract import ENCODERS
-from vacli.extract.finetune import _initialise
+from vacli.extract.finetune import initialise
 from vacli.extract.mae import build_vit
 from vacli.extract.synthetic import make_puppets
 
@@ -40,7 +40,7 @@ def lab(tmp_path_factory) -> Path:
     make_puppets(lab / "data", train=2, validation=1, length_s=3, rate_hz=5, processes=1)
     torch.manual_seed(0)
     vit = build_vit("test_vit", 64)
-    _initialise(vit)
+    initialise(vit)
     about = {"model": "test_vit", "size": 64, "note": "made up for a test"}
     save_file(vit.state_dict(), lab / "vit.safetensors", metadata={"vacli": json.dumps(about)})
     with pytest.MonkeyPatch.context() as patch:

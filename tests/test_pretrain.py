@@ -47,7 +47,7 @@ def store(tmp_path) -> Store:
 def net() -> MaskedAutoencoder:
     torch.manual_seed(0)
     vit = build_vit("test_vit", SIZE)
-    module._initialise(vit)
+    module.initialise(vit)
     return MaskedAutoencoder(vit).eval()
 
 

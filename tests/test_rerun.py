@@ -24,7 +24,7 @@ from vacli.extract.canary import CanaryError
 from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
 from vacli.extract.faces import align
-from vacli.extract.finetune import _initialise
+from vacli.extract.finetune import initialise
 from vacli.extract.logmel import LogMel
 from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import MediaError, Video
@@ -69,7 +69,7 @@ def lab(tmp_path_factory) -> Path:
     lab = tmp_path_factory.mktemp("lab")
     torch.manual_seed(0)
     vit = build_vit("test_vit", 32)
-    _initialise(vit)
+    initialise(vit)
     about = {"model": "test_vit", "size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "licence": None}
     save_file(vit.state_dict(), lab / "mae.safetensors", metadata={"vacli": json.dumps(about)})
     (lab / "drifting.py").write_text(TOY)

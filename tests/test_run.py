@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vacli import VacliError
 from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
-from vacli.extract.finetune import _initialise
+from vacli.extract.finetune import initialise
 from vacli.extract.logmel import LogMel
 from vacli.extract.mae import Mae, build_vit
 from vacli.extract.media import Video
@@ -55,7 +55,7 @@ def lab(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name in ("a", "b"):
         vit = build_vit("test_vit", 32)
-        _initialise(vit)
+        initialise(vit)
         about = json.dumps({"model": "test_vit", "size": 32})
         save_file(vit.state_dict(), lab / f"{name}.safetensors", metadata={"vacli": about})
     (lab / "toy_encoders.py").write_text(TOY)
