@@ -18,6 +18,11 @@ class VacliError(Exception):
     fatal = False
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what would steer a terminal or break its line."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def lookup(table: Mapping[str, str], name: str, kind: str) -> Any:
     """The object a name stands for, imported only now.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class Sample:
     split: str | None = None
     person: str = "main"
     crops_rate_hz: float = CROPS_RATE_HZ
+    among: str | None = None  # the id of the sample for everybody that this person is one of
 
     @property
     def source(self) -> Path:
@@ -49,6 +51,20 @@ class Sample:
         source = self.video or self.crops
         assert source is not None
         return source
+
+    @property
+    def video_id(self) -> str:
+        """The same for everybody in one video: the id, without what tells one of two people from the other."""
+        bare = _SIDE.sub("", self.id)
+        of_side = self.video is not None and self.video.stem == bare
+        return self.among or (bare if of_side else self.id)
+
+    @property
+    def name(self) -> str:
+        """What people call the video: its path below the root, whatever characters are in it."""
+        folder = os.path.relpath(os.path.realpath(self.source.parent), self.root)
+        inside = folder if not folder.startswith("..") else ""
+        return (Path(inside) / self.source.name).as_posix()
 
     def crop_files(self) -> dict[int, Path]:
         """Frame index (from 0) -> the file of its aligned face; numbers may be missing."""
@@ -135,6 +151,50 @@ def find(root: str | Path, crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]
     return sorted(samples, key=lambda s: s.id)
 
 
+def find_all(paths: Sequence[str | Path], crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]:
+    """The samples of several files and folders, each once, sorted by id.
+
+    A text file is a list: a path a line, as seen from here or from the list's own folder; empty lines and those that
+    begin with # are passed over. A line that leads nowhere is a sample all the same, whose problem is told with the
+    others'. Samples of one id are told apart by where their videos lie below the folder that all are in. Raises
+    VacliError as `find` does, and for a list that cannot be read or names nothing.
+    """
+    samples: dict[tuple[str, str], Sample] = {}
+    for path in _listed([Path(p) for p in paths]):
+        found = find(path, crops_rate_hz) if path.exists() else _plain(path.parent, [path])
+        samples |= {(os.path.realpath(s.source), s.id): s for s in found}
+    count = Counter(s.id for s in samples.values())
+    doubled = [s for s in samples.values() if count[s.id] > 1]
+    places = [Path(os.path.realpath(s.source)) for s in doubled]
+    common = Path(os.path.commonpath([p.parent for p in places])) if places else Path()
+    apart = dict(zip(map(id, doubled), _plain_ids(common, places), strict=True))
+    return sorted((replace(s, id=apart.get(id(s), s.id)) for s in samples.values()), key=lambda s: s.id)
+
+
+def _listed(paths: list[Path]) -> Iterator[Path]:
+    """The paths, with those that a list names in its place."""
+    for path in paths:
+        if path.suffix.lower() not in (".txt", ".lst") or not path.is_file():
+            if not path.exists():
+                raise VacliError(
+                    f"no such file or folder: {path}; wanted a video, a folder of videos or a list"
+                )
+            yield path
+            continue
+        if _is_va(path):
+            raise VacliError(
+                f"{path} holds labels; wanted a video, a folder of videos, or a list of their paths"
+            )
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise VacliError(f"cannot read the list {path}: {e}; wanted a path a line") from e
+        named = [Path(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+        if not named:
+            raise VacliError(f"the list {path} names no video; wanted a path a line")
+        yield from (p if p.exists() or not (path.parent / p).exists() else path.parent / p for p in named)
+
+
 def _videos(root: Path) -> list[Path]:
     return _in_sight(root, (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
 
@@ -146,23 +206,24 @@ def _in_sight(root: Path, paths: Iterable[Path]) -> list[Path]:
 
 def _plain(root: Path, videos: list[Path]) -> list[Sample]:
     """Every video is a sample; `train/` and `validation/` folders split it, `clip.txt` beside `clip.mp4` labels it."""
-    stems = [p.relative_to(root).with_suffix("").as_posix() for p in videos]
-    count = Counter(stems)
-    samples = []
-    for path, stem in zip(videos, stems, strict=True):
-        name = stem if count[stem] == 1 else path.relative_to(root).as_posix()  # a.mp4 beside a.mov
-        annotation = path.with_suffix(".txt")
-        samples.append(
-            Sample(
-                plain_id(name),
-                root.resolve(),
-                path,
-                None,
-                annotation if _is_va(annotation) else None,
-                _split_of(path, root),
-            )
+    return [
+        Sample(
+            name,
+            root.resolve(),
+            path,
+            None,
+            path.with_suffix(".txt") if _is_va(path.with_suffix(".txt")) else None,
+            _split_of(path, root),
         )
-    return samples
+        for path, name in zip(videos, _plain_ids(root, videos), strict=True)
+    ]
+
+
+def _plain_ids(root: Path, files: list[Path]) -> list[str]:
+    """An id for each file: its path below the root, without the suffix where that will do (a.mp4 beside a.mov)."""
+    inside = [p.relative_to(root) for p in files]
+    count = Counter(p.with_suffix("") for p in inside)
+    return [plain_id((p if count[p.with_suffix("")] > 1 else p.with_suffix("")).as_posix()) for p in inside]
 
 
 def _is_va(path: Path) -> bool:

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from .. import VacliError
 from . import SUFFIXES as SUFFIXES
 
-WANTED = "wanted mp4, mov, mkv, webm, avi or mpg"
+WANTED = "wanted a video in mp4, mov, mkv, webm, avi, mpg, ts, flv, wmv, ogv or mxf"
 MAX_PIXELS = 8192 * 8192  # a picture larger than this is an attack or an accident
 # A batch of large pictures is cut short here: 8 of 1280x720. What takes 32 MiB glibc's malloc fetches from the system
 # each time anew, and to touch such memory for the first time can take longer than to decode the picture.
@@ -35,7 +35,7 @@ STEP_PX = 64  # their sides are multiples of this, if there is room: libswscale 
 # Names of containers in libavformat. Playlists (hls, concat) and image sequences are not among them, and only local
 # files may be opened, so a file in a data set cannot make us read another one.
 _OPENING = {
-    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v",
+    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,mxf",
     "protocol_whitelist": "file",
 }
 

@@ -24,7 +24,7 @@ from . import canary
 from .crops import Crops
 from .datasets import Sample
 from .encoder import Encoder
-from .making import Making, Notes
+from .making import SILENT, Making, Notes
 from .people import People
 from .pipeline import Busy, Job, Machine, Rows
 from .plan import EVERYBODY, Plan, Wanted
@@ -79,13 +79,15 @@ def extract(
     people: People | None = None,
     tell: Callable[[str], object] = lambda _: None,
     outcomes: list[Outcome] | None = None,
+    sound_is_asked_for: bool = True,
 ) -> list[Outcome]:
     """Make what is missing, several samples at a time; one broken video never stops the others.
 
     link: tell the store's list of videos about the samples (so that training finds them). then: called with each
     outcome as soon as all its tracks are stored; what goes wrong in it is that sample's problem. people: how faces are
     found; by MTCNN in every frame. tell: gets a line on where the time went. outcomes: a list to put the outcomes
-    in as they come, for one who wants to know them though this is stopped.
+    in as they come, for one who wants to know them though this is stopped. sound_is_asked_for: a video without any is
+    a problem; else it is worth a warning, as a curve can be drawn from the pictures alone.
 
     Returns the outcomes in the order of the samples, those of a sample for everybody in its place. What was stored
     before is not computed again; stop it at any time and call it again. A video that another process is at is left to
@@ -93,7 +95,7 @@ def extract(
     store that cannot be written, weights that do not fit.
     """
     outcomes = [] if outcomes is None else outcomes
-    run = _Run(encoders, store, link, then, people or People(), outcomes)
+    run = _Run(encoders, store, link, then, people or People(), outcomes, sound_is_asked_for)
     try:
         run.all(samples, tell)
     except BaseException:
@@ -136,7 +138,9 @@ class _Run:
         then: Callable[[Outcome], object] | None,
         people: People,
         outcomes: list[Outcome],
+        sound_is_asked_for: bool,
     ) -> None:
+        self._silence = "problem" if sound_is_asked_for else "warning"
         self._encoders, self._store, self._link, self._then = encoders, store, link, then
         self._plan, self._outcomes = Plan(encoders, people), outcomes
         self._named = store.videos() if link else {}
@@ -368,7 +372,7 @@ class _Run:
             self._find_everybody(outcome)
             return
         outcome.complete = True
-        _tell(outcome, list(task.notes.values()), self._encoders)
+        _tell(outcome, list(task.notes.values()), self._encoders, self._silence)
         if self._link:
             self._name(outcome)
         if self._then:
@@ -380,7 +384,8 @@ class _Run:
         count = self._store.record(outcome.tracks["people"].entry)["arrays"]["values"]["shape"][1]
         for k in range(1, count + 1):
             name = plain_id(f"{sample.id}_person{k}")
-            person = replace(sample, id=name, person=str(k), annotation=sample.annotation if k == 1 else None)
+            annotation = sample.annotation if k == 1 else None
+            person = replace(sample, id=name, person=str(k), annotation=annotation, among=sample.id)
             self.stands_for[id(person)] = sample
             self._people.append(person)
 
@@ -392,13 +397,18 @@ def _known(sample: Sample, tombstones: list[dict[str, Any]]) -> str:
     return f"{reasons} (known from an earlier run; `vacli store rm {name}` to try again)"
 
 
-def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder]) -> None:
-    """The notes of all its tracks, also of those stored by an earlier run: what was wrong then still is."""
+def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder], silence: str) -> None:
+    """The notes of all its tracks, also of those stored by an earlier run: what was wrong then still is.
+
+    silence: whether that is a "problem" or a "warning".
+    """
+    quiet = SILENT["problem"]
+    notes = [{silence if text == quiet else kind: text for kind, text in note.items()} for note in notes]
     told = {k: list(dict.fromkeys(n[k] for n in notes if k in n)) for k in ("damage", "problem", "warning")}
     if told["damage"]:
         told["problem"] += [*told["damage"], "what could be read is kept; get a whole copy"]
     for name in (n for n, e in encoders.items() if e.eats == "sound" and n not in outcome.tracks):
-        told["problem"].append(f"no video of that name beside the crops, so no sound for {name}")
+        told[silence].append(f"no video of that name beside the crops, so no sound for {name}")
     if told["problem"]:
         outcome.problem = f"{outcome.sample.source}: {'; '.join(told['problem'])}"
     if told["warning"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import VacliError
+from .. import VacliError, printable
 from .entry import Damaged, Unreadable
 from .keeper import Entry, index
 from .store import Store
@@ -93,11 +93,6 @@ def _aligned(rows: list[list[str]], left: int) -> list[str]:
     ]
 
 
-def printable(text: str) -> str:
-    """A stranger's text without what would steer a terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def size_text(nbytes: int) -> str:
     """1234567 -> `1.2 MB`."""
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
@@ -108,12 +103,7 @@ def size_text(nbytes: int) -> str:
 
 def show(store: Store, video_id: str) -> list[str]:
     """Every track of a video: times, valid rows, values, recipe, and a plot as wide as a line. Raises VacliError."""
-    videos = store.videos()
-    if video_id not in videos:
-        close = [v for v in videos if video_id.lower() in v.lower()][:5]
-        hint = f"; there is {', '.join(close)}" if close else "; `vacli store ls` lists them"
-        raise VacliError(f"{store} knows no video {video_id!r}{hint}")
-    facts = videos[video_id]
+    facts = _facts_of(store, video_id)
     lines = [
         f"{video_id}  split {facts['split'] or '-'}  from {facts['root']}  medium {(facts['media'] or '-')[:24]}"
     ]
@@ -130,6 +120,38 @@ def show(store: Store, video_id: str) -> list[str]:
         except (Damaged, Unreadable) as e:
             lines.append(f"  {e}")
     return [printable(line) for line in lines]
+
+
+def shown(store: Store, video_id: str) -> dict[str, Any]:
+    """What `show` says as a tree for programs; seconds in begin_s, end_s and step_s. Raises VacliError."""
+    facts = _facts_of(store, video_id)
+    tracks: dict[str, dict[str, Any]] = {}
+    for name, track in sorted(facts["tracks"].items()):
+        tracks[name] = found = {"entry": f"{track['folder']}/{track['media'][:24]}", "problem": None}
+        try:
+            found["recipe"] = store.recipe_of(track["folder"])
+            values = store.read(found["entry"])
+            found |= {"shape": values.values.shape, "dtype": str(values.values.dtype)}
+            found |= {"bytes": values.values.nbytes, "valid": int(values.valid.sum())}
+            if len(values):
+                found |= {"begin_s": float(values.times_s[0]), "end_s": float(values.times_s[-1])}
+            if len(values) > 1:
+                found["step_s"] = float(np.median(np.diff(values.times_s)))
+            found["provenance"] = store.record(found["entry"])["provenance"]
+        except KeyError:
+            found["problem"] = "not there: run `vacli extract` again"
+        except (Damaged, Unreadable) as e:
+            found["problem"] = str(e)
+    return {"id": video_id, **{key: facts[key] for key in ("split", "root", "media")}, "tracks": tracks}
+
+
+def _facts_of(store: Store, video_id: str) -> dict[str, Any]:
+    videos = store.videos()
+    if video_id not in videos:
+        close = [v for v in videos if video_id.lower() in v.lower()][:5]
+        hint = f"; there is {', '.join(close)}" if close else "; `vacli store ls` lists them"
+        raise VacliError(f"{store} knows no video {video_id!r}{hint}")
+    return videos[video_id]
 
 
 def _noted(provenance: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
+
+from .commands import TINY, vacli
 
 settings.register_profile(
     "vacli", deadline=None, database=None
@@ -29,6 +34,37 @@ def _same_randomness_after():
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     torch.set_rng_state(states[2])
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """A folder with puppets in the Aff-Wild2 layout, tiny encoder weights, features and a trained run."""
+    from vacli.extract.finetune import initialise
+    from vacli.extract.mae import build_vit
+    from vacli.extract.synthetic import make_puppets
+
+    lab = tmp_path_factory.mktemp("lab")
+    make_puppets(lab / "data", train=2, validation=1, length_s=3, rate_hz=5, processes=1)
+    torch.manual_seed(0)
+    vit = build_vit("test_vit", 64)
+    initialise(vit)
+    about = {"model": "test_vit", "size": 64, "note": "made up for a test"}
+    save_file(vit.state_dict(), lab / "vit.safetensors", metadata={"vacli": json.dumps(about)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(lab)
+        vacli("extract", "data", "-o", "mae.weights=vit.safetensors")
+        vacli("train", "--head", "mamba", *TINY)
+    return lab
+
+
+@pytest.fixture
+def at(lab, tmp_path, monkeypatch) -> Path:
+    """A copy of the lab to work in."""
+    shutil.copytree(lab, tmp_path / "lab")
+    (tmp_path / "lab" / "vit.safetensors").unlink()  # a run names its weights by their whole path
+    (tmp_path / "lab" / "vit.safetensors").symlink_to(lab / "vit.safetensors")
+    monkeypatch.chdir(tmp_path / "lab")
+    return tmp_path / "lab"
 
 
 @pytest.fixture

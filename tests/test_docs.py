@@ -63,7 +63,7 @@ def test_every_variable_of_make_help_is_used():
 
 def test_every_module_stands_in_the_tree_of_the_readme():
     tree = README[README.index("## The tree") :]
-    for room in ("store", "extract", "temporal"):
+    for room in ("store", "extract", "temporal", "report"):
         for path in (ROOT / room).glob("*.py"):
             assert path.name == "__init__.py" or path.name in tree, path
 

@@ -1,0 +1,160 @@
+"""A folder as labs have them: whatever lies in it, predict gives the right files and one exit code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vacli.extract.datasets import find_all
+from vacli.extract.media import Video
+from vacli.store.curves import HEADER, read_csv, recall
+
+from .commands import vacli
+from .media_files import clicks, pictures, write_video
+
+LONG = "v" * 200
+TONE = clicks(0.4, [0.1])
+
+
+def puppet(data: Path) -> list[np.ndarray]:
+    """Ten frames with one drawn face that MTCNN finds."""
+    frames = np.concatenate([rgb for rgb, _ in Video(data / "batch2" / "puppet_val_00.mp4").frames()])
+    return list(frames[:10])
+
+
+def odd_folder(folder: Path, face: list[np.ndarray]) -> tuple[dict[str, int], set[str]]:
+    """Fills the folder; by id the rows that are to come, and the ids of those that are broken."""
+    (folder / "day 2").mkdir(parents=True)
+    two = [np.concatenate([a, b], axis=1) for a, b in zip(face, face[::-1], strict=True)]
+    uneven_s = [0, 0.04, 0.05, 0.3, 0.31, 0.7, 1.9, 1.95, 2.0, 2.5]
+    good = write_video(folder / "plain.mp4", face, sound=TONE)
+    write_video(folder / "silent.mp4", face)
+    write_video(folder / "no_face.mp4", pictures(10, 96, 96), sound=TONE)
+    write_video(folder / "two people.mp4", two, sound=TONE)
+    write_video(folder / "phone.mp4", [np.rot90(f).copy() for f in face], sound=TONE, rotation=-90)
+    write_video(folder / "uneven.mkv", face, times_s=uneven_s, sound=TONE)
+    write_video(folder / "4k.mp4", pictures(2, 2160, 3840), options={"preset": "ultrafast"}, sound=TONE)
+    write_video(folder / "8fps.mov", face, times_s=[i / 8 for i in range(10)], sound=TONE)
+    write_video(folder / "one.mp4", face[:1], sound=TONE)
+    write_video(folder / "odd sides.webm", [f[:255, :253] for f in face], sound=TONE)
+    write_video(folder / "narrow pixels.mpg", face, sound=TONE, pixel_aspect=Fraction(4, 3))
+    write_video(folder / "late.mp4", face, sound=TONE, sound_start_s=0.2)
+    write_video(folder / "old.avi", face, sound=TONE)
+    write_video(folder / "day 2" / "plain.mp4", face, sound=TONE)
+    write_video(folder / f"{LONG}.mp4", face, sound=TONE)
+    write_video(folder / "😀.mp4", face, sound=TONE)
+    write_video(folder / "a\"b'c&d.mp4", face, sound=TONE)
+    (folder / "<script>alert(1)<").mkdir()
+    write_video(folder / "<script>alert(1)<" / "script>.mp4", face, sound=TONE)
+    os.replace(write_video(folder / "upper.mp4", face, sound=TONE), folder / "UPPER.MP4")
+    (folder / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (folder / "text.mp4").write_text("I am a text file\n" * 100)
+    (folder / "empty.mkv").write_bytes(b"")
+    write_video(folder / "only sound.mkv", sound=TONE)
+    # passed over: no videos by their names, hidden, or a way round in a circle
+    (folder / "notes.txt").write_text("interview on Monday")
+    (folder / "._plain.mp4").write_bytes(b"\0\5\x16\7")
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8")
+    (folder / "circle").symlink_to(folder)
+    rows = {s.id: 10 for s in find_all([folder])}
+    broken = {"cut", "text", "empty", "only sound"}
+    return {**rows, "4k": 2, "one": 1}, broken
+
+
+@pytest.fixture
+def face(lab) -> list[np.ndarray]:
+    return puppet(lab / "data")
+
+
+def test_a_folder_of_odd_videos_gives_the_right_files_and_one_exit_code(at, face):
+    rows, broken = odd_folder(at / "odd", face)
+    assert len(rows) == 23
+    told = vacli("predict", "--video", "odd", fails=True).output
+    listed = told[told.index(f"{len(broken)} of {len(rows)} videos had a problem:") :].splitlines()[1:]
+    assert {line[2:].partition("  ")[0] for line in listed} == broken
+    out = at / "predictions"
+    curves = {about.id: about for about in recall(out)}
+    assert curves.keys() == rows.keys()
+    assert {id for id, about in curves.items() if about.csv is None} == broken
+    assert {about.name for about in curves.values()} >= {
+        f"{LONG}.mp4", "😀.mp4", "a\"b'c&d.mp4", "<script>alert(1)</script>.mp4", "day 2/plain.mp4", "UPPER.MP4",
+    }  # fmt: skip
+    for id in rows.keys() - broken:
+        about = curves[id]
+        assert about.csv is not None
+        assert about.csv == out / f"{id}.csv"
+        assert about.video is not None
+        curve = read_csv(about.csv)
+        assert len(curve.track) == rows[id], id
+        np.testing.assert_allclose(curve.track.times_s, list(Video(about.video).times()), atol=1e-6)
+        assert curve.face.all() == (id not in ("no_face", "4k")), id
+    np.testing.assert_allclose(read_csv(out / "uneven.csv").track.times_s[[1, 6]], [0.04, 1.9], atol=1e-6)
+    assert "silent.mp4: it has no sound; its curve rests on the picture alone" in told
+    assert (out / "index.html").stat().st_size > 1000
+    pages = {p.relative_to(out).as_posix() for p in out.rglob("*.html")} - {"index.html"}
+    assert pages == {f"{id}.html" for id in rows.keys() - broken}
+    again = vacli("predict", "--video", "odd", fails=True).output
+    assert "nothing to compute" in again
+
+
+def test_everybody_in_a_video_has_a_curve_and_they_share_a_page(at, face):
+    odd_folder(at / "odd", face)
+    vacli("predict", "odd/two people.mp4", "--person", "all")
+    out = at / "predictions"
+    abouts = recall(out)
+    assert [(a.id, a.video_id, a.person) for a in abouts] == [
+        ("two people_person1", "two people", "1"),
+        ("two people_person2", "two people", "2"),
+    ]
+    for about in abouts:
+        with open(out / f"{about.id}.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert tuple(rows[0]) == HEADER
+        assert {r["person"] for r in rows} == {about.person}
+        assert len(rows) == 10
+    assert [p.name for p in out.glob("*.html") if p.name != "index.html"] == ["two people.html"]
+
+
+def test_a_list_and_several_paths_give_each_video_once(at, face):
+    odd_folder(at / "odd", face)
+    (at / "list.txt").write_text("# Monday\nodd/plain.mp4\n\nodd/gone.mp4\nodd/day 2/plain.mp4\n")
+    told = vacli("predict", "--video", "list.txt", "odd/plain.mp4", "--json", "--no-report", fails=True)
+    found = json.loads(told.stdout)
+    assert {f["id"]: bool(f["csv"]) for f in found} == {"plain": True, "day 2/plain": True, "gone": False}
+    assert "cannot read odd/gone.mp4: No such file" in told.stderr
+    assert not (at / "predictions" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nowhere.mp4"], "no such file or folder: nowhere.mp4"),
+        (["--video", "empty_list.txt"], "names no video"),
+        (["--video", "labels.txt"], "holds labels"),
+    ],
+)
+def test_a_mistake_in_naming_videos_is_one_line(at, words, complaint):
+    (at / "empty_list.txt").write_text("# nothing yet\n")
+    (at / "labels.txt").write_text("valence,arousal\n0,0\n")
+    told = vacli("predict", *words, fails=True).output
+    assert told.count("\n") == 1
+    assert complaint in told
+
+
+def test_every_form_of_a_curve_has_a_row_for_every_frame(at, face):
+    write_video(at / "clip.mp4", face, sound=TONE)
+    words = [word for name in ("parquet", "json", "eaf", "vtt") for word in ("--format", name)]
+    vacli("predict", "clip.mp4", *words, "--overlay")
+    out = at / "predictions"
+    assert len(json.loads((out / "clip.json").read_text())["time_s"]) == 10
+    from pyarrow import parquet
+
+    assert parquet.read_table(out / "clip.parquet").column_names == list(HEADER)
+    assert "valence" in (out / "clip.vtt").read_text()
+    assert "TIER" in (out / "clip.eaf").read_text()
+    assert len(list(Video(out / "clip.overlay.mp4").times())) == 10
