@@ -11,7 +11,7 @@ VENV  := .venv
 VACLI := $(VENV)/bin/vacli
 READY := $(VENV)/.installed
 
-.PHONY: help install demo features train predict test test-all bench lint types clean
+.PHONY: help install demo features train predict test test-all bench docs lint types clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,7 +53,7 @@ demo: $(READY) $(ENCODER) ## the whole job on puppet videos: features, training,
 	$(VACLI) evaluate --run mamba --store "$(STORE)"
 	@echo '== curves of the raw validation videos'
 	$(VACLI) predict --video demo/data/batch2 --run mamba --store "$(STORE)"
-	@echo 'The curves are in predictions/: one CSV per video. This encoder knows puppets only: for people, see README.md.'
+	@echo 'Open predictions/index.html: a page for each video, beside its CSV. This encoder knows puppets only: for people, see README.md.'
 
 # The encoder is tuned on other puppets than the head learns from: from the same ones, the head would learn to trust
 # features that know the training labels by heart.
@@ -75,6 +75,10 @@ test-all: $(READY) ## run all tests, the slow ones too
 bench: $(READY) ## measure, each figure beside its plain twin, into benchmarks/RESULTS.md
 	$(VENV)/bin/python -m benchmarks
 
+docs: $(READY) ## build the documentation into site/, to be read without a network
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo 'open site/index.html'
+
 lint: $(READY) ## check the style
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -85,4 +89,4 @@ types: $(READY) ## check the types (mypy sees the package as it is built)
 	  MYPYPATH="$$T" $(VENV)/bin/python -m mypy -p vacli
 
 clean: ## remove what the demo made; features.zarr and runs/ are yours to remove
-	rm -rf demo build *.egg-info
+	rm -rf demo build site *.egg-info

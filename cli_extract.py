@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import VacliError, printable
+from .cli_shell import JSON, print_json, say
 from .cli_store import STORE
 from .cli_temporal import pair
 
@@ -44,7 +45,7 @@ def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: fl
             folder, train, validation, length_s, rate_hz, seed, on_video=lambda _: bar.update()
         )
         bar.update(len(ids) - bar.n)
-    click.echo(f"{len(ids)} puppet videos in {folder}")
+    say(f"{len(ids)} puppet videos in {folder}")
 
 
 def on_people(command: Any) -> Any:
@@ -117,9 +118,7 @@ def extract(
     samples = of_person(find(data, crops_rate_hz), person)
     samples = part_of(samples, shard) if shard else samples
     if any(s.crops for s in samples) and not (data / "puppets.json").exists():
-        click.echo(
-            "note: if this is Aff-Wild2: its licence forbids sharing features derived from it", err=True
-        )
+        say("note: if this is Aff-Wild2: its licence forbids sharing features derived from it", err=True)
     opened = Store(store, create=True)
     encoders = make_encoders(names, by_name(options), opened.fingerprints)
     people = People(detector, every)
@@ -128,9 +127,9 @@ def extract(
         if engine == "ray":
             from .extract.ray_engine import extract_with_ray
 
-            extract_with_ray(samples, encoders, opened, people, workers, click.echo, outcomes)
+            extract_with_ray(samples, encoders, opened, people, workers, say, outcomes)
         else:
-            run(samples, encoders, opened, people=people, tell=click.echo, outcomes=outcomes)
+            run(samples, encoders, opened, people=people, tell=say, outcomes=outcomes)
     summarise(outcomes, store)
 
 
@@ -237,11 +236,13 @@ def finetune(data: Path, out: Path, store: str, **how: Any) -> None:
 
 
 @click.command()
-def encoders() -> None:
+@JSON
+def encoders(as_json: bool) -> None:
     """List the encoders: what they eat and give, where their weights come from and under which licence."""
-    from .extract.catalogue import listing
+    from .extract import ENCODERS
+    from .extract.catalogue import facts_of, listing
 
-    click.echo(listing())
+    print_json([facts_of(name) for name in ENCODERS]) if as_json else click.echo(listing())
 
 
 # ---- shared with predict
@@ -260,13 +261,25 @@ def by_name(options: tuple[str, ...]) -> dict[str, dict[str, str]]:
 
 
 def of_person(samples: list[Sample], person: str) -> list[Sample]:
-    """The samples with the person asked for; one whose id says whom it means (Aff-Wild2's 12_left) keeps its own."""
+    """The samples with the person asked for; one whose id says whom it means (Aff-Wild2's 12_left) keeps its own.
+
+    The left and the right one have ids of their own, as in Aff-Wild2: neither takes the other's place.
+    """
     from .extract.people import Person
     from .extract.plan import EVERYBODY
+    from .store.names import plain_id
 
     if person != EVERYBODY:
         Person(person)  # is there such a one
-    return [s if s.crops or s.person != "main" else replace(s, person=person) for s in samples]
+    aside = person not in (EVERYBODY, "main")
+
+    def asked(s: Sample) -> Sample:
+        if s.crops or s.person != "main":
+            return s
+        named = {"id": plain_id(f"{s.id}_{person}"), "among": s.id} if aside else {}
+        return replace(s, person=person, **named)
+
+    return [asked(s) for s in samples]
 
 
 @contextlib.contextmanager
@@ -294,17 +307,17 @@ def say_notes(encoders: dict[str, Encoder]) -> None:
     for name, encoder in encoders.items():
         for note in (getattr(encoder, "licence", None), getattr(encoder, "note", None)):
             if note:
-                click.echo(f"note: {name}: {note}", err=True)
+                say(f"note: {name}: {note}", err=True)
 
 
-def summarise(outcomes: list[Outcome], store: str, say: Callable[[str], object] = click.echo) -> None:
+def summarise(outcomes: list[Outcome], store: str, tell: Callable[[str], object] = say) -> None:
     """What was computed, what was there, what went wrong; exit code 1 if anything asked for could not be had."""
     computed = sum(len(o.computed) for o in outcomes)
     there = sum(len(o.tracks) for o in outcomes if o.complete) - sum(
         len(o.computed) for o in outcomes if o.complete
     )
     done = f"computed {computed} tracks" if computed else "nothing to compute"
-    say(f"{done}; {there} tracks of {len(outcomes)} videos were in {store} already")
+    tell(f"{done}; {there} tracks of {len(outcomes)} videos were in {store} already")
     for outcome in outcomes:
         if outcome.warning:
             click.echo(f"warning: {outcome.warning}", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,14 @@ import click
 
 from . import VacliError, __version__
 from .cli_extract import OPTIONS, by_name, of_person, on_people, say_notes, summarise, told_when_stopped
+from .cli_shell import JSON, print_json, say
 from .cli_store import STORE
 from .cli_temporal import RUN, RUNS
 
 if TYPE_CHECKING:
     from .extract.encoder import Encoder
     from .extract.run import Outcome
-    from .store import Store
+    from .store import Fingerprints, Store
     from .store.curves import About, Curve
     from .temporal.folds import Folds
     from .temporal.predict import Run
@@ -48,7 +49,7 @@ _FORMATS = ("parquet", "json", "eaf", "vtt")
     "--live", is_flag=True, help="Print values frame by frame as they come (causal heads); write nothing."
 )
 @click.option("--camera", type=int, metavar="N", help="Live from camera N instead of a video.")
-@click.option("--json", "as_json", is_flag=True, help="What became of each video, for programs.")
+@JSON
 @OPTIONS
 @on_people
 def predict(
@@ -84,7 +85,11 @@ def predict(
     found = open_any(run_path, runs)
     trained = found.first if isinstance(found, Folds) else found  # whatever features one fold needs, all need
     if live or camera is not None:
-        _live(found, trained, [*videos, *more], camera, by_name(options), detector, every)
+        if formats or overlay or person != "main":
+            raise click.UsageError(
+                "--live prints one person's values: no --format, --overlay or --person with it"
+            )
+        _live(found, [*videos, *more], camera, options, detector, every)
         return
     if not videos and not more:
         raise click.UsageError("which videos? vacli predict --video DIR (or a file, or a list)")
@@ -92,11 +97,11 @@ def predict(
     samples = [replace(s, annotation=None) for s in of_person(find_all([*videos, *more]), person)]
     labels = {s.source: s.annotation for s in find_all([*videos, *more]) if s.annotation}
     opened = Store(store, create=True)
-    encoders = _encoders_of(trained, opened, by_name(options))
+    encoders = _encoders_of(trained, opened.fingerprints, by_name(options))
     people = People(detector, every)
     say_notes(encoders)
     hand_out = _HandOut(found, opened, out, not no_smooth, formats, overlay, _notes(encoders), labels)
-    say = partial(click.echo, err=as_json)
+    tell = partial(say, err=as_json)
     with told_when_stopped(samples, store) as outcomes:
         run_extract(
             samples,
@@ -105,17 +110,17 @@ def predict(
             link=False,
             then=hand_out,
             people=people,
-            tell=say,
+            tell=tell,
             outcomes=outcomes,
             sound_is_asked_for=False,
         )
     hand_out.failed(outcomes)
-    say(f"{hand_out.written} of {len(outcomes)} curves in {out}/ by {found.path}")
+    tell(f"{hand_out.written} of {len(outcomes)} curves in {out}/ by {found.path}")
     if not no_report:
-        _report(out, say)
+        _report(out, tell)
     if as_json:
-        click.echo(json.dumps([_told(hand_out.abouts[o.sample.id]) for o in outcomes], indent=1))
-    summarise(outcomes, store, say)
+        print_json([_told(hand_out.abouts[o.sample.id]) for o in outcomes])
+    summarise(outcomes, store, tell)
 
 
 @click.command()
@@ -126,12 +131,16 @@ def report(folder: Path) -> None:
     FOLDER is what `vacli predict` wrote (a page for each video, and index.html), a folder of runs, or one run
     (loss and CCC per epoch, folds, all runs beside each other, and the configuration).
     """
-    from .report.training_page import holds_runs, write_training_page
+    if any((folder / name).exists() for name in ("run.json", "folds.json")) or any(
+        any(folder.glob(f"*/{name}")) for name in ("run.json", "folds.json")
+    ):
+        from .report.training_page import write_training_page
+        from .temporal.preset import load_preset, preset_names
 
-    if holds_runs(folder):
-        click.echo(f"{write_training_page(folder, tell=click.echo)}: open it in a browser")
+        presets = {name: load_preset(name).model_dump() for name in preset_names()}
+        say(f"{write_training_page(folder, say, presets)}: open it in a browser")
     else:
-        _report(folder, click.echo)
+        _report(folder, say)
 
 
 @click.command()
@@ -142,8 +151,8 @@ def plot(folder: Path, out: Path, format: str) -> None:
     """Draw figures for papers of a folder of curves: curves, circumplex density, labels against predictions."""
     from .report.plots import write_plots
 
-    written = write_plots(folder, out, format, tell=partial(click.echo, err=True))
-    click.echo(f"{len(written)} figures in {out}/")
+    if write_plots(folder, out, format, say).problems:
+        sys.exit(1)
 
 
 # ---- between the commands and the stages ---------------------------------------------------------------------
@@ -195,7 +204,7 @@ class _HandOut:
                 exports.write(path.with_name(f"{path.stem}.{format}"), curve, about, format)
 
     def _write_overlay(self, outcome: Outcome, curve: Curve, tracks: dict[str, Any]) -> None:
-        from .extract.faces import BOX
+        from .extract.following import BOX
         from .extract.media import Video
         from .report.overlay import write_overlay
 
@@ -203,7 +212,14 @@ class _HandOut:
         assert video is not None
         boxes = tracks["faces"].values[:, BOX] if "faces" in tracks else None
         out = self._out / f"{outcome.sample.id}.overlay.mp4"
-        write_overlay(video, out, Video(video).frames(), curve, boxes)
+        with self._progress(len(curve.track), f"overlay of {outcome.sample.id[-30:]}") as bar:
+            write_overlay(Video(video), out, curve, boxes, bar.update)
+
+    @staticmethod
+    def _progress(frames: int, doing: str) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=frames, desc=doing, unit="frame", leave=False, dynamic_ncols=True, mininterval=1)
 
     def _about(self, outcome: Outcome, csv: Path | None) -> About:
         from .store.curves import About
@@ -258,14 +274,15 @@ def _run_facts(found: Run | Folds, smooth: bool) -> dict[str, Any]:
     from .temporal.folds import Folds
     from .temporal.smoothing import in_words
 
-    run = found.first if isinstance(found, Folds) else found
+    run, folds = (found.first, found) if isinstance(found, Folds) else (found, None)
+    ccc = folds.about["figures"]["out_of_fold"] if folds else run.about["figures"]
     return {
-        "name": found.path.name,
+        "run": found.path.name,
         "head": run.preset.name,
         "streams": list(run.dims),
-        "folds": len(found.runs) if isinstance(found, Folds) else None,
+        "folds": len(folds.runs) if folds else None,
+        "validation": f"CCC V {ccc['valence']:.3f} A {ccc['arousal']:.3f} mean {ccc['mean']:.3f}",
         "smoothing": in_words(run.smoothing) if smooth else "none",
-        "validation": run.about["figures"],
         "vacli": __version__,
     }
 
@@ -289,27 +306,55 @@ def _told(about: About) -> dict[str, Any]:
     }
 
 
-def _report(folder: Path, say: Callable[[str], object]) -> None:
+def _report(folder: Path, tell: Callable[[str], object]) -> None:
+    """Copies for the browser show a bar each."""
+    from tqdm import tqdm
+
+    from .extract.media import Video
     from .report.pages import write_pages
     from .report.playable import playable
 
-    say(f"{write_pages(folder, tell=say, playable=playable)}: open it in a browser")
+    def played(video: Path, copy: Path) -> Path:
+        with tqdm(
+            desc=f"copy of {video.name[-30:]}", unit="frame", delay=1, leave=False, dynamic_ncols=True
+        ) as bar:
+            return playable(video, copy, Video, tell, bar.update)
+
+    tell(f"{write_pages(folder, tell, played)}: open it in a browser")
 
 
 def _live(
     found: Run | Folds,
-    trained: Run,
     videos: list[Path],
     camera: int | None,
-    options: dict[str, dict[str, str]],
+    options: tuple[str, ...],
     detector: str,
     every: int,
 ) -> None:
-    """Frames in, lines of CSV out, until the video ends or Ctrl-C."""
-    raise NotImplementedError
+    """Frames in, lines of CSV out as they come, until the video ends or Ctrl-C."""
+    from .extract.live import LiveFrames
+    from .extract.media import Video
+    from .extract.people import People
+    from .store import Fingerprints
+    from .store.curves import HEADER, csv_line
+    from .temporal.live import LiveHead, follow
+
+    if len(videos) != (camera is None):
+        raise click.UsageError("--live takes one video, or --camera N")
+    head = LiveHead(found)  # whether it can go row by row is known before anything is opened
+    encoders = _encoders_of(head.run, Fingerprints(), by_name(options))
+    say_notes(encoders)
+    frames = LiveFrames(videos[0] if camera is None else camera, encoders, People(detector, every))
+    rate_hz = Video(videos[0]).check().rate_hz if camera is None else None
+    for number, (moment, values, spread) in enumerate(follow(head, frames, 1 / rate_hz if rate_hz else None)):
+        if not number:  # now it is known that there are frames
+            click.echo(",".join(HEADER))
+        click.echo(csv_line(moment.frame, moment.time_s, values, moment.face, "main", spread))
 
 
-def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> dict[str, Encoder]:
+def _encoders_of(
+    run: Run, fingerprints: Fingerprints, options: dict[str, dict[str, str]]
+) -> dict[str, Encoder]:
     """The encoders a run was trained on, made again; refuses one that gives other features than the run saw."""
     from .extract.encoder import make_encoders
 
@@ -328,7 +373,7 @@ def _encoders_of(run: Run, store: Store, options: dict[str, dict[str, str]]) -> 
             )
         given = {k: v for k, v in stream["encoder"]["options"].items() if v is not None}
         given.update(options.get(name) or options.get(stream["track"], {}))
-        made.update(make_encoders([f"{name}={stream['encoder']['kind']}"], {name: given}, store.fingerprints))
+        made.update(make_encoders([f"{name}={stream['encoder']['kind']}"], {name: given}, fingerprints))
         now = {**made[name].recipe(), "made_from": stream["recipe"]["made_from"]}
         if now != stream["recipe"]:
             keys = sorted(

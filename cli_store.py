@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from . import VacliError
+from .cli_shell import JSON, complete_folders, print_json, say
 
 if TYPE_CHECKING:
     from .store import Store
     from .store.hdf5_import import Figures
 
 STORE = click.option(
-    "--store", default="features.zarr", show_default=True, help="The feature store: a folder, or s3://..."
-)
+    "--store", default="features.zarr", show_default=True, shell_complete=complete_folders,
+    help="The feature store: a folder, or s3://...",
+)  # fmt: skip
 _YES = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
@@ -27,27 +29,27 @@ def store() -> None:
 
 @store.command("ls")
 @STORE
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@JSON
 def store_ls(store: str, as_json: bool) -> None:
     """Every video with the rows of its tracks, then every recipe with its size."""
-    import json
-
     from .store import Store
     from .store.show import listing, table
 
     videos = listing(Store(store))
-    click.echo(json.dumps(videos, indent=1) if as_json else "\n".join(table(videos)))
+    print_json(videos) if as_json else click.echo("\n".join(table(videos)))
 
 
 @store.command("show")
 @click.argument("video")
 @STORE
-def store_show(video: str, store: str) -> None:
+@JSON
+def store_show(video: str, store: str, as_json: bool) -> None:
     """Every track of VIDEO: its times, valid rows, values and recipe, and a small plot."""
     from .store import Store
-    from .store.show import show
+    from .store.show import show, shown
 
-    click.echo("\n".join(show(Store(store), video)))
+    opened = Store(store)
+    print_json(shown(opened, video)) if as_json else click.echo("\n".join(show(opened, video)))
 
 
 @store.command("verify")
@@ -55,7 +57,8 @@ def store_show(video: str, store: str) -> None:
 @click.option(
     "--repair", is_flag=True, help="Set the damaged ones aside, so that the next extraction redoes them."
 )
-def store_verify(store: str, repair: bool) -> None:
+@JSON
+def store_verify(store: str, repair: bool, as_json: bool) -> None:
     """Read every track with its checksums; names the damaged ones."""
     from tqdm import tqdm
 
@@ -63,7 +66,7 @@ def store_verify(store: str, repair: bool) -> None:
     from .store.show import size_text
 
     opened = _to_change(store) if repair else Store(store)
-    entries, nbytes, damaged = set(opened.entries()), 0, []
+    entries, nbytes, damaged = set(opened.entries()), 0, {}
     calm = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(total=len(entries), desc="verify", unit="track", mininterval=calm, dynamic_ncols=True) as bar:
         for name, size, what in opened.verify():
@@ -71,13 +74,19 @@ def store_verify(store: str, repair: bool) -> None:
             nbytes += size
             bar.set_postfix_str(size_text(nbytes), refresh=False)
             if what:
-                damaged.append(name)
+                damaged[name] = what
                 bar.write(what, file=sys.stderr)
-    click.echo(f"{len(entries)} tracks read, {size_text(nbytes)}, {len(damaged)} damaged")
+    mended = [name for name in damaged if repair and keeper.repair(opened, name)]
+    if as_json:
+        print_json({"tracks": len(entries), "bytes": nbytes, "damaged": damaged, "set_aside": mended})
+    else:
+        click.echo(f"{len(entries)} tracks read, {size_text(nbytes)}, {len(damaged)} damaged")
     if repair and damaged:
-        mended = sum(keeper.repair(opened, name) for name in damaged)
-        click.echo(f"{mended} of {len(damaged)} set aside; run `vacli extract` again to make them anew")
-        sys.exit(mended < len(damaged))
+        say(
+            f"{len(mended)} of {len(damaged)} set aside; run `vacli extract` again to make them anew",
+            err=as_json,
+        )
+        sys.exit(len(mended) < len(damaged))
     if damaged:
         click.echo("set them aside with `vacli store verify --repair`, then extract again", err=True)
         sys.exit(1)
@@ -91,7 +100,8 @@ def store_verify(store: str, repair: bool) -> None:
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @_YES
-def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> None:
+@JSON
+def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove what nobody needs: leftovers of killed runs, damaged tracks, recipes no video and no run refers to."""
     from .store import Store, keeper
     from .store.show import size_text
@@ -106,23 +116,31 @@ def store_gc(store: str, runs: tuple[Path, ...], dry_run: bool, yes: bool) -> No
         )
     for item in found:
         tracks = f"{item.entries} tracks, " if item.path is None else ""
-        click.echo(f"{item.name}  {tracks}{size_text(item.nbytes)}: {item.why}")
-    total = size_text(sum(item.nbytes for item in found))
+        click.echo(f"{item.name}  {tracks}{size_text(item.nbytes)}: {item.why}", err=as_json)
+    total, freed = size_text(sum(item.nbytes for item in found)), 0
     if dry_run or not found:
-        click.echo(f"{len(found)} things may go, {total}" if found else "nothing to remove")
-        return
-    _ask(yes, f"remove these {len(found)} things, {total}?")
-    click.echo(f"freed {size_text(keeper.gc(opened, found, list(runs)))}")
+        click.echo(f"{len(found)} things may go, {total}" if found else "nothing to remove", err=as_json)
+    else:
+        _ask(yes, f"remove these {len(found)} things, {total}?")
+        freed = keeper.gc(opened, found, list(runs))
+        click.echo(f"freed {size_text(freed)}", err=as_json)
+    if as_json:
+        things = [{"name": i.name, "why": i.why, "tracks": i.entries, "bytes": i.nbytes} for i in found]
+        print_json({"garbage": things, "freed_bytes": freed})
 
 
 @store.command("du")
 @STORE
-def store_du(store: str) -> None:
+@JSON
+def store_du(store: str, as_json: bool) -> None:
     """How much each recipe takes."""
     from .store import Store, keeper
     from .store.show import size_text
 
     found = keeper.usage(Store(store))
+    if as_json:
+        print_json({name: {"tracks": count, "bytes": nbytes} for name, (count, nbytes) in found.items()})
+        return
     for name, (count, nbytes) in sorted(found.items(), key=lambda pair: -pair[1][1]):
         click.echo(f"{size_text(nbytes):>10}  {count:>7}  {name}")
     click.echo(
@@ -155,7 +173,7 @@ def store_export(out: Path, store: str) -> None:
     from .store import Store
     from .store.hdf5 import export
 
-    figures = export(Store(store), out, tell=lambda line: click.echo(line, err=True))
+    figures = export(Store(store), out, tell=lambda line: say(line, err=True))
     _tell_figures(f"{out}: ", figures)
 
 
@@ -189,13 +207,13 @@ def store_import(
             raise VacliError(
                 f"{source}: say what the features are to be called, as --track openface (labels: --track label.va)"
             )
-        click.echo(f"note: {LICENCE}", err=True)
+        say(f"note: {LICENCE}", err=True)
         _tell_figures(f"{store}: ", import_export(source, Store(store, create=True)))
         return
     names = [name.strip() for name in columns.split(",")] if columns else []
     done = import_features(source, Store(store, create=True), track, times, names, scale)
     for note in done.notes:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     stored = sum(what == "stored" for what in done.videos.values())
     click.echo(f"{track}: {stored} stored, {len(done.videos) - stored} kept, {len(done.problems)} refused")
     _list_problems([f"{video_id}: {why}" for video_id, why in done.problems.items()])
@@ -221,7 +239,7 @@ def _ask(yes: bool, question: str) -> None:
 
 def _tell_figures(start: str, figures: Figures) -> None:
     for note in figures.notes:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     tombstones = f", {figures.tombstones} failures noted" if figures.tombstones else ""
     click.echo(
         f"{start}{figures.tracks} tracks copied{tombstones}, {figures.there} were there, of {figures.videos} videos"

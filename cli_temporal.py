@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import VacliError
+from .cli_shell import JSON, complete_folders, complete_heads, complete_runs, print_json, say
 from .cli_store import STORE
 
-RUNS = click.option("--runs", default="runs", show_default=True, help="The folder of trained runs.")
+RUNS = click.option(
+    "--runs", default="runs", show_default=True, shell_complete=complete_folders,
+    help="The folder of trained runs.",
+)  # fmt: skip
 RUN = click.option(
-    "--run",
-    "run_path",
+    "--run", "run_path", shell_complete=complete_runs,
     help="A run folder, its name, or a head; of several folds too.  [default: the newest]",
-)
+)  # fmt: skip
 
 
 def _on_heads(command: Any) -> Any:
     """The options on what is trained."""
     options = (
         click.option(
-            "--head", default="mamba", show_default=True, help="A preset (`vacli heads`) or a file my.toml."
+            "--head", default="mamba", show_default=True, shell_complete=complete_heads,
+            help="A preset (`vacli heads`) or a file my.toml.",
         ),
         STORE,
         RUNS,
@@ -51,6 +56,7 @@ def _on_heads(command: Any) -> Any:
     "--subjects", type=click.Path(path_type=Path),
     help="A file of lines video,subject: nobody is in two folds.",
 )  # fmt: skip
+@JSON
 def train(
     head: str,
     store: str,
@@ -62,6 +68,7 @@ def train(
     folds: int | None,
     fold: int | None,
     subjects: Path | None,
+    as_json: bool,
 ) -> None:
     """Train a head on the labelled videos of the store. Interrupted, the same command goes on."""
     from .store import Store
@@ -71,12 +78,16 @@ def train(
     from .temporal.train import train as run
 
     preset = load_preset(head, _changes(changes), list(streams))
-    how: dict[str, Any] = {"runs": runs, "name": name, "seed": seed, "tell": click.echo}
+    tell = functools.partial(say, err=as_json)
+    how: dict[str, Any] = {"runs": runs, "name": name, "seed": seed, "tell": tell}
     if folds is None and fold is None:
         if subjects:
             raise VacliError("--subjects is for --folds; without it the data set's own split is used")
         trained = run(Store(store), preset, **how)
         found = trained.about["figures"]
+        if as_json:
+            print_json({"run": trained.path, "figures": found, "smoothing": trained.smoothing})
+            return
         click.echo(
             f"{trained.path}: validation CCC V {found['valence']:.3f} A {found['arousal']:.3f} "
             f"mean {found['mean']:.3f}, smoothed ({in_words(trained.smoothing)})"
@@ -86,7 +97,7 @@ def train(
     done = train_folds(
         Store(store), preset, folds=6 if folds is None else folds, only=fold, subjects=of, **how
     )
-    click.echo(done.table())
+    print_json(done.as_json()) if as_json else click.echo(done.table())
 
 
 @click.command()
@@ -96,8 +107,14 @@ def train(
     help="What to try: train.lr=1e-5..1e-3:log, decode.2.mamba.layers=2..6, or a list as fuse=sum,concat.",
 )  # fmt: skip
 @click.option("--trials", default=20, show_default=True, help="Finished trials, over all processes together.")
+@JSON
 def sweep(
-    changes: tuple[str, ...], streams: tuple[str, ...], store: str, space: tuple[str, ...], **how: Any
+    changes: tuple[str, ...],
+    streams: tuple[str, ...],
+    store: str,
+    space: tuple[str, ...],
+    as_json: bool,
+    **how: Any,
 ) -> None:
     """Search the keys of a preset for the best validation CCC; the same command goes on, in any number of processes."""
     from .store import Store
@@ -108,7 +125,8 @@ def sweep(
         space=list(space),
         changes=_changes(changes),
         streams=list(streams),
-        tell=click.echo,
+        tell=functools.partial(say, err=as_json),
+        show=lambda found: print_json(found.as_json()) if as_json else click.echo("\n".join(found.lines())),
         **how,
     )
 
@@ -118,11 +136,9 @@ def sweep(
 @RUNS
 @STORE
 @click.option("--no-smooth", is_flag=True, help="Judge the raw curves.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@JSON
 def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool, as_json: bool) -> None:
     """Judge a trained run by its validation videos, beside baselines on the same features and split."""
-    import json
-
     from .store import Store
     from .temporal.evaluate import evaluate as run
     from .temporal.folds import Folds, open_any
@@ -131,18 +147,23 @@ def evaluate(run_path: str | None, runs: str, store: str, no_smooth: bool, as_js
     if isinstance(trained, Folds):
         if no_smooth:
             raise VacliError(f"--no-smooth judges one run: choose a fold, as --run {trained.path}/fold-0")
-        click.echo(json.dumps(trained.about["figures"], indent=1) if as_json else trained.table())
+        print_json(trained.as_json()) if as_json else click.echo(trained.table())
         return
     report = run(trained, Store(store), smooth=not no_smooth)
-    click.echo(json.dumps(report.as_json(), indent=1) if as_json else "\n".join(report.lines()))
+    print_json(report.as_json()) if as_json else click.echo("\n".join(report.lines()))
 
 
 @click.command()
-@click.argument("name", required=False)
-def heads(name: str | None) -> None:
+@click.argument("name", required=False, shell_complete=complete_heads)
+@JSON
+def heads(name: str | None, as_json: bool) -> None:
     """List the presets, or print the one called NAME."""
     from .temporal.preset import load_preset, preset_names, preset_text
 
+    if as_json:
+        named = {known: load_preset(known) for known in ([name] if name else preset_names())}
+        print_json({known: preset.model_dump() for known, preset in named.items()})
+        return
     if name:
         click.echo(preset_text(name), nl=False)
         return

@@ -16,6 +16,7 @@ from . import (
     extraction,
     faces,
     gather,
+    live,
     pretraining,
     report,
     scan,
@@ -72,6 +73,10 @@ def _scan(folder: Path, small: bool) -> list[Result | str]:
     return [*scan.races(scan.SMALL if small else scan.FULL)]
 
 
+def _live(folder: Path, small: bool) -> list[Result | str]:
+    return [live.results(folder, small)]
+
+
 def _ablation(folder: Path, small: bool) -> list[Result | str]:
     return [ablation.results(folder if small else ablation.KEPT, small)]
 
@@ -90,6 +95,7 @@ PARTS: dict[str, Callable[[Path, bool], list[Result | str]]] = {
     "gather": _gather,
     "epoch": _epoch,
     "scan": _scan,
+    "live": _live,
     "ablation": _ablation,
     "studyforrest": _studyforrest,
 }

@@ -25,13 +25,31 @@ def listing() -> str:
     return "\n\n".join([*(_block(name) for name in ENCODERS), looked])
 
 
-def _block(name: str) -> str:
+def facts_of(name: str) -> dict[str, Any]:
+    """What there is to tell of an encoder of the table: about, dim, eats, weights, here, licence, files, get, example.
+
+    here: where its weights are on this machine; None where they are not, or where that is a question of the model.
+    """
     encoder: Any = lookup(ENCODERS, name, "encoder")
-    facts = {"dim": encoder.card.dim, "eats": encoder.eats, "weights": encoder.card.weights}
-    if hasattr(encoder, "found"):
-        facts["here"] = str(encoder.found() or "not on this machine")
-    facts["licence"] = encoder.card.licence
-    if name in FAMILIES:
-        facts["example"] = f"--encoder {FAMILIES[name]}"
-    about = (sys.modules[encoder.__module__].__doc__ or "").partition("\n")[0]
-    return "\n".join([name, f"  {about}", *(f"  {key:<8} {text}" for key, text in facts.items())])
+    card = encoder.card
+    return {
+        "name": name,
+        "about": (sys.modules[encoder.__module__].__doc__ or "").partition("\n")[0],
+        "dim": card.dim,
+        "eats": encoder.eats,
+        "weights": card.weights,
+        "here": encoder.found() if hasattr(encoder, "found") else None,
+        "licence": card.licence,
+        "files": card.files,
+        "get": card.get,
+        "example": f"--encoder {FAMILIES[name]}" if name in FAMILIES else None,
+    }
+
+
+def _block(name: str) -> str:
+    facts = facts_of(name)
+    told = {key: facts[key] for key in ("dim", "eats", "weights", "here", "licence", "example")}
+    if facts["files"] and not facts["here"]:
+        told["here"] = "not on this machine"
+    lines = (f"  {key:<8} {text}" for key, text in told.items() if text is not None)
+    return "\n".join([name, f"  {facts['about']}", *lines])

@@ -135,7 +135,9 @@ def find(root: str | Path, crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]
     """
     root = Path(root)
     if not (math.isfinite(crops_rate_hz) and crops_rate_hz > 0):
-        raise VacliError(f"crops at {crops_rate_hz} frames a second; wanted a rate above 0, such as 30")
+        raise VacliError(
+            f"crops at {crops_rate_hz} frames a second; wanted a rate above 0, as --crops-rate-hz 30"
+        )
     if not root.exists():
         raise VacliError(f"no such file or folder: {root}; wanted a video or a folder of videos")
     if root.is_file():

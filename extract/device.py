@@ -20,7 +20,9 @@ def choose_device(asked: str | None, who: str = "mae") -> torch.device:
     try:
         return torch.empty(0, device=asked or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # unknown, or not on this machine
-        raise EncoderError(f"{who}.device is {asked!r}, which torch has not here; wanted cpu or cuda") from e
+        raise EncoderError(
+            f"{who}.device is {asked!r}, which torch has not here; wanted cpu or cuda: `vacli doctor` says which"
+        ) from e
 
 
 def choose_dtype(asked: str | None, device: str | None, wide: bool, who: str = "mae") -> str:

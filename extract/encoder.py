@@ -23,6 +23,8 @@ class Card(NamedTuple):
     dim: str  # as "1024" or "as the model has it"
     weights: str  # where they come from
     licence: str  # of the weights
+    files: tuple[str, ...] = ()  # names by which they are found in `weights.folders()`
+    get: str = ""  # how to come by them
 
 
 class Encoder(Protocol):
@@ -66,7 +68,9 @@ def make_encoders(
         kind, model = (family, model) if family in ENCODERS else (kind, "")
         maker = lookup(ENCODERS, kind, "encoder")
         if not all(hasattr(maker, part) for part in ("name", "eats", "options", "recipe")):
-            raise VacliError(f"{kind} is no encoder: wanted a class with name, eats, options() and recipe()")
+            raise VacliError(
+                f"{kind} is no encoder; wanted a class with name, eats, options() and recipe(), as package.module:Class"
+            )
         name = own if sign else track_name(model) if model else kind if kind in ENCODERS else maker.name
         given = {**({"model": model} if model else {}), **options.get(name, {})}
         for called, keywords in _per_output(name, given):
@@ -77,7 +81,8 @@ def make_encoders(
     strangers = options.keys() - encoders.keys()
     if strangers:
         raise VacliError(
-            f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}"
+            f"-o names {', '.join(sorted(strangers))}, but the encoders are {', '.join(encoders)}; "
+            "wanted one of these as -o NAME.KEY=VALUE"
         )
     return encoders
 

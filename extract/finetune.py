@@ -47,7 +47,7 @@ class Choices:
         """Raises VacliError for what cannot be."""
         if self.frames_per_video < 1 or self.batch < 2:
             raise VacliError(
-                f"{self.frames_per_video} frames per video in batches of {self.batch}; wanted at least 1, and 2"
+                f"--frames-per-video {self.frames_per_video} --batch {self.batch}: wanted at least 1, and 2"
             )
         if not 0 < self.layer_decay <= 1:
             raise VacliError(f"--layer-decay {self.layer_decay}: wanted a factor in (0, 1]")

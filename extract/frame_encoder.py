@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +18,8 @@ from .pixels import normalise, resize
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 
 class FrameEncoder(ABC):
@@ -80,6 +83,7 @@ class FrameEncoder(ABC):
     def _network(self) -> Any:
         if self._joined is not None:
             return self._joined._network
+        _log.info("%s computes on %s in %s", self.name, self.device, self.dtype)
         return self._built().eval().requires_grad_(False).to(self.device)
 
     @contextlib.contextmanager

@@ -75,7 +75,12 @@ class HfAudio:
     """
 
     name, eats, clock = "hf-audio", "sound", "own"
-    card = Card("as the model has it", "a hub id or a folder", "as the model's card says")
+    card = Card(
+        "as the model has it",
+        "a hub id or a folder",
+        "as the model's card says",
+        get="hf download MODEL --local-dir weights/NAME (the first run does it where there is a network)",
+    )
 
     def __init__(
         self,
@@ -100,7 +105,7 @@ class HfAudio:
         self.family = str(about.get("model_type"))
         if self.family not in _OVERLAP:
             raise EncoderError(
-                f"{model} is a model of type {self.family!r}; hf-audio knows {', '.join(_OVERLAP)}"
+                f"{model} is a model of type {self.family!r}; hf-audio knows {', '.join(_OVERLAP)}: wanted one of those"
             )
         self.preprocessor, self.weights = _the_files(self.folder)
         said = _json(self.preprocessor)
@@ -145,7 +150,8 @@ class HfAudio:
         states, asked = int(model.config.num_hidden_layers) + 1, self.layer.removeprefix("mean:")
         if self.layer != "last" and int(asked) >= states + (asked != self.layer):
             raise EncoderError(
-                f"hf-audio.layer is {self.layer}, but {self.model_name} has the hidden states 0 to {states - 1}"
+                f"hf-audio.layer is {self.layer}, but {self.model_name} has the hidden states 0 to {states - 1}; "
+                "wanted one of them, or last"
             )
         return model.eval().requires_grad_(False).to(self.device)
 

@@ -12,7 +12,7 @@ from ..store import Fingerprints
 from .encoder import Card
 from .frame_encoder import FrameEncoder
 from .pixels import RESIZE
-from .weights import EncoderError, described, fit, folders, licence_note, local, read
+from .weights import EncoderError, absent, described, fit, licence_note, local, read
 
 if TYPE_CHECKING:  # 2 s to import: only where the network is built
     import torch
@@ -71,6 +71,8 @@ class IResNet(FrameEncoder):
         "512",
         "weights/backbone.pth or iresnet50.pth of arcface_torch; variant ustc: weights/res50_ir_0.887.pth",
         "InsightFace's: non-commercial research only; ustc: none stated",
+        _VARIANTS["arcface"].files,
+        f"put those of {_VARIANTS['arcface'].source} into weights/; variant ustc: of {_VARIANTS['ustc'].source}",
     )
     mean = std = (0.5, 0.5, 0.5)
 
@@ -100,10 +102,8 @@ class IResNet(FrameEncoder):
     def _find(self) -> Path:
         if found := local(self._published.files):
             return found
-        raise EncoderError(
-            f"no weights for iresnet ({self.variant}): get them from {self._published.source} and put them at "
-            f"{folders()[0] / self._published.files[0]}, or give any file with -o iresnet.weights=FILE"
-        )
+        published = self._published
+        raise absent(f"iresnet ({self.variant})", published.source, published.files[0], "iresnet.weights")
 
     def options(self) -> dict[str, Any]:
         """What makes this encoder again: the arguments of `IResNet(...)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,4 +275,6 @@ def _refuse_sizes(sample: Sample, wanted: tuple[int, ...], shape: tuple[int, ...
 
 
 def _bar(total: int) -> tqdm:
-    return tqdm(total=total, desc="crops", unit="crop", dynamic_ncols=True, mininterval=1, disable=None)
+    # tqdm's own default, which heeds --quiet, but for a log file: that needs no such bar
+    calm: dict[str, bool] = {} if sys.stderr.isatty() else {"disable": True}
+    return tqdm(total=total, desc="crops", unit="crop", dynamic_ncols=True, mininterval=1, **calm)

@@ -50,6 +50,9 @@ class Mae(Timm):
         "1024 (ViT-L); 768 (ViT-B), 1280 (ViT-H)",
         f"weights/{DEFAULT_MODEL}.safetensors, else https://huggingface.co/timm/{DEFAULT_MODEL}",
         "CC-BY-NC 4.0: not for commercial use (what you tuned yourself: as you say)",
+        (f"{DEFAULT_MODEL}.safetensors", f"{DEFAULT_MODEL}.pth", _MAKERS.rpartition("/")[2].format("large")),
+        f"hf download timm/{DEFAULT_MODEL} model.safetensors (the first run does it where there is a network), "
+        f"or put {_MAKERS.format('large')} into weights/",
     )
     outputs: ClassVar[dict[str, str]] = {
         "cls": "cls after final norm",

@@ -113,7 +113,7 @@ class Choices:
         """Raises VacliError for what cannot be."""
         if self.frames_per_video < 1 or self.batch < 1:
             raise VacliError(
-                f"{self.frames_per_video} frames per video in batches of {self.batch}; wanted at least 1 of each"
+                f"--frames-per-video {self.frames_per_video} --batch {self.batch}: wanted at least 1 of each"
             )
         if not 0 < self.mask < 1:
             raise VacliError(f"--mask {self.mask}: wanted a share of the patches in (0, 1), as 0.75")

@@ -133,6 +133,6 @@ def _ray() -> Any:
         import ray.util
     except ImportError as e:
         raise VacliError(
-            f"--engine ray needs Ray, which cannot be imported ({e}); pip install 'vacli[ray]', or leave it out"
+            f"--engine ray needs Ray, which cannot be imported ({e}): pip install 'vacli[ray]', or leave it out"
         ) from e
     return ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -33,6 +34,7 @@ from .progress import Progress
 _REMEMBER_S = 5.0  # media digests are kept as often as this: they are one file that grows
 _POLL_S = 0.2  # how often is looked whether another process is done with a video
 _MOST_READERS = 8  # videos read at once; more would only hold more pictures in memory
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -175,6 +177,7 @@ class _Run:
         busy = Busy()
         readers = max(1, min(_MOST_READERS, (os.cpu_count() or 2) // 2, len(samples)))
         machine = Machine(readers, busy)
+        _log.info("%d videos to look at, %d are read at once", len(samples) - len(done), readers)
         self._wait = machine.wait
         with Progress([s for s in samples if id(s) not in done], calm) as progress:
             jobs = self._jobs(chain([task], tasks), machine, busy, progress)
@@ -229,6 +232,8 @@ class _Run:
                         sample, outcome.media, outcome.tracks, missing, self._store, self._row_shapes
                     )
                     self._running.add(task)
+                    here = ", ".join(outcome.tracks.keys() - missing.keys()) or "nothing"
+                    _log.info("%s: to be made: %s; there: %s", sample.source, ", ".join(missing), here)
         except VacliError as e:
             if e.fatal:
                 raise
@@ -358,8 +363,11 @@ class _Run:
             outcome.problem = _one_line(e)
         except Exception as e:  # a decoder's or a library's own surprise: this video's fault, not the others'
             outcome.problem = f"{sample.source}: {type(e).__name__}: {_one_line(e)}"
+            _log.info("%s: where that happened", sample.source, exc_info=e)
         if sample.person != EVERYBODY or outcome.problem:
             self._outcomes.append(outcome)
+        if task.making or outcome.problem:
+            _log.info("%s: %s", sample.id, outcome.problem or f"stored {', '.join(outcome.computed)}")
         task.unclaim()
         self._running.discard(task)
         self._everybody.discard(id(sample))

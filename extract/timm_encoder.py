@@ -17,7 +17,7 @@ from ..store import Fingerprints
 from .encoder import Card, track_name
 from .frame_encoder import FrameEncoder
 from .pixels import RESIZE
-from .weights import EncoderError, cached, described, fit, folders, from_hub, licence_note, local, read
+from .weights import EncoderError, absent, cached, described, fit, from_hub, licence_note, local, read
 
 if TYPE_CHECKING:  # 2 s and 4 s to import: only where a model is built or asked about
     import torch
@@ -69,6 +69,7 @@ class Timm(FrameEncoder):
         "as the model has it",
         "by model: weights/MODEL.safetensors, else the Hugging Face hub (timm/MODEL)",
         "the model's own, told when it is used",
+        get="the first run fetches them where there is a network; else hf download timm/MODEL model.safetensors",
     )
     outputs: ClassVar[dict[str, str]] = {  # and what recipes say of each
         "pooled": "pooled, as timm's classifier sees it",
@@ -215,10 +216,12 @@ class _Pass:
         """forward_features, keeping the CLS token of some blocks on the way."""
         stages = getattr(self._network, "forward_intermediates", None)
         if stages is None or "return_prefix_tokens" not in inspect.signature(stages).parameters:
-            raise EncoderError(f"{self._model} does not give the CLS token of its blocks; wanted output cls")
+            raise EncoderError(
+                f"{self._model} does not give the CLS token of its blocks; wanted -o NAME.output=cls"
+            )
         if depths[-1] > len(self._network.blocks):
             raise EncoderError(
-                f"output block:{depths[-1]}: {self._model} has {len(self._network.blocks)} blocks"
+                f"output block:{depths[-1]}: {self._model} has {len(self._network.blocks)} blocks; wanted one of them"
             )
         last, kept = stages(
             images, indices=[n - 1 for n in depths], return_prefix_tokens=True, output_fmt="NLC"
@@ -244,7 +247,8 @@ class _Pass:
             assert number is not None
             if number > patches.shape[1]:
                 raise EncoderError(
-                    f"output tokens:{number}: {self._model} has {patches.shape[1]} patch tokens"
+                    f"output tokens:{number}: {self._model} has {patches.shape[1]} patch tokens; "
+                    "wanted so many or fewer"
                 )
             return torch.cat([first, salient(patches, first, number)], 1)
         return torch.cat([first, patches], 1) if self._has_cls else patches
@@ -304,10 +308,8 @@ def find_weights(model: str, config: Any, track: str) -> Path:
     names, source = _file_names(model, config), config.url or "their makers"
     if config.hf_hub_id:
         source = f"https://huggingface.co/{config.hf_hub_id} (model.safetensors)"
-    raise EncoderError(
-        f"no weights for {model} and no network: get them from {source} and put them at "
-        f"{folders()[0] / names[0 if config.hf_hub_id else -1]}, or give any file with -o {track}.weights=FILE"
-    )
+    file = names[0 if config.hf_hub_id else -1]
+    raise absent(f"{model} and no network", source, file, f"{track}.weights")
 
 
 def _file_names(model: str, config: Any) -> list[str]:
@@ -352,7 +354,7 @@ def load(network: Any, model: str, weights: Path) -> None:
         except Exception as e:  # written for the layouts it knows
             raise EncoderError(
                 f"weights {weights} do not fit {model}: {type(e).__name__}: {' '.join(str(e).split())[:120]}; "
-                "wanted timm's layout or that of their makers"
+                "wanted timm's layout or that of their makers; get them again"
             ) from e
     said = network.pretrained_cfg.get("classifier") or ()
     heads = {name.partition(".")[0] for name in ((said,) if isinstance(said, str) else said)}

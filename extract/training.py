@@ -57,13 +57,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         whole = {"epochs": self.epochs, "accumulate": self.accumulate, "patience": self.patience}
-        wrong = [f"{name} {n}: wanted at least 1" for name, n in whole.items() if n is not None and n < 1]
-        wrong += [] if 0 < self.lr < math.inf else [f"lr {self.lr}: wanted more than 0"]
-        wrong += [] if self.weight_decay >= 0 else [f"weight decay {self.weight_decay}: wanted 0 or more"]
+        wrong = [f"--{name} {n}: wanted at least 1" for name, n in whole.items() if n is not None and n < 1]
+        wrong += [] if 0 < self.lr < math.inf else [f"--lr {self.lr}: wanted more than 0"]
+        wrong += [] if self.weight_decay >= 0 else [f"--weight-decay {self.weight_decay}: wanted 0 or more"]
         wrong += [] if 0 <= self.warm_up < 1 else [f"warm-up {self.warm_up}: wanted a share in [0, 1)"]
-        wrong += [] if self.ema is None or 0 < self.ema < 1 else [f"ema {self.ema}: wanted a decay in (0, 1)"]
-        wrong += [] if self.seed >= 0 else [f"seed {self.seed}: wanted 0 or more"]
-        wrong += [] if self.dtype in DTYPES else [f"dtype {self.dtype!r}: wanted one of {', '.join(DTYPES)}"]
+        wrong += [] if self.ema is None or 0 < self.ema < 1 else [f"--ema {self.ema}: wanted one in (0, 1)"]
+        wrong += [] if self.seed >= 0 else [f"--seed {self.seed}: wanted 0 or more"]
+        wrong += [] if self.dtype in DTYPES else [f"--dtype {self.dtype}: wanted one of {', '.join(DTYPES)}"]
         if wrong:
             raise VacliError("; ".join(wrong))
 
@@ -254,7 +254,7 @@ class _Loop:
             unit="batch",
             dynamic_ncols=True,
             mininterval=1,
-            disable=rank() != 0,
+            **({"disable": True} if rank() else {}),  # not False, as the default heeds --quiet
         ) as bar:
             while self._place.epoch < self.settings.epochs and not self._out_of_patience():
                 loss = self._epoch(batches(self._place.epoch), bar)
@@ -401,7 +401,7 @@ class _Loop:
         distributed.all_gather_object(places, (self._place.epoch, self._place.step))
         if len(set(places)) > 1:
             raise VacliError(
-                f"the processes do not see the same {self._resume}; wanted it where all can see it"
+                f"the processes do not see the same {self._resume}; use an --out on a disk that all share"
             )
 
 

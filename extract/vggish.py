@@ -15,7 +15,7 @@ from ..store import Fingerprints, Track
 from .device import choose_device, choose_dtype
 from .encoder import Card
 from .logmel import BANDS, HOP_S, LOG_OFFSET, WINDOW_S, LogMel, joined, log_mel_blocks
-from .weights import EncoderError, described, fit, folders, local, read
+from .weights import EncoderError, absent, described, fit, local, read
 
 if TYPE_CHECKING:  # 2 s to import: only where a network is built, never for a recipe that needs none
     import torch
@@ -52,7 +52,13 @@ class VGGish:
     """
 
     name, eats, rate_hz, dim = "vggish", "sound", 16000, DIM
-    card = Card(str(DIM), f"{_FILES[0]} of torchvggish, put into ./weights", "Apache-2.0")
+    card = Card(
+        str(DIM),
+        f"{_FILES[0]} of torchvggish, put into ./weights",
+        "Apache-2.0",
+        _FILES,
+        f"put {_SOURCE} into weights/",
+    )
 
     def __init__(
         self,
@@ -233,7 +239,4 @@ def _seconds(hop_s: str | float) -> float:
 def _find_weights() -> Path:
     if found := VGGish.found():
         return found
-    raise EncoderError(
-        f"no weights for vggish: get {_SOURCE} (Apache-2.0) and put it at {folders()[0] / _FILES[0]}, "
-        "or give any file with -o vggish.weights=FILE"
-    )
+    raise absent("vggish", f"{_SOURCE} (Apache-2.0)", _FILES[0], "vggish.weights")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import socket
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ if TYPE_CHECKING:  # 2 s to import: only where a model is built, never for a rec
     from torch import nn
 
 WEIGHTS_DIR = "VACLI_WEIGHTS"  # environment variable: a folder of weights; ./weights is looked in as well
+_log = logging.getLogger(__name__)
+_HUB = "huggingface.co"
 _OFFLINE = ("1", "TRUE", "YES", "ON")
 _PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
 
@@ -36,6 +40,7 @@ def read(weights: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors.torch import load_file
 
+    _log.info("reading %s", weights)
     try:
         if weights.suffix == ".safetensors":
             return load_file(weights)
@@ -43,7 +48,7 @@ def read(weights: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as e:  # torch's text advises to run what is in there
         raise EncoderError(
             f"refused weights {weights}: damaged, or holding more than tensors, which could run code; "
-            "wanted .safetensors, or a .pth of tensors alone"
+            "wanted .safetensors, or a .pth of tensors alone; get them again from their makers"
         ) from e
     except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
         raise EncoderError(
@@ -56,7 +61,7 @@ def read(weights: Path) -> dict[str, torch.Tensor]:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
         raise EncoderError(
-            f"weights {weights} hold no state dict of tensors; wanted the layout of their makers"
+            f"weights {weights} hold no state dict of tensors; wanted the layout of their makers; get them again"
         )
     return state
 
@@ -82,7 +87,7 @@ def fit(network: nn.Module, state: Mapping[str, torch.Tensor], weights: Path, me
 def described(weights: Path) -> dict[str, Any]:
     """What `save` wrote into the header: {} of weights from elsewhere. Raises EncoderError for an unreadable file."""
     if not weights.is_file():
-        raise EncoderError(f"no weights at {weights}; wanted a .safetensors or .pth file")
+        raise EncoderError(f"no weights at {weights}; wanted a .safetensors or .pth file; check the path")
     if weights.suffix != ".safetensors":
         return {}
     import safetensors
@@ -139,6 +144,14 @@ def folders() -> list[Path]:
     return [Path("weights"), *([Path(os.environ[WEIGHTS_DIR])] if WEIGHTS_DIR in os.environ else [])]
 
 
+def absent(who: str, source: str, file: str, option: str) -> EncoderError:
+    """What to raise where no weights of `who` are. file: what to call them in `folders`. option: as mae.weights."""
+    return EncoderError(
+        f"no weights for {who}: get them from {source} and put them at {folders()[0] / file}, or give any file with "
+        f"-o {option}=FILE; `vacli doctor` tells what is here"
+    )
+
+
 def local(names: Iterable[str]) -> Path | None:
     """The first of these file names that lies in one of the `folders`."""
     places = [folder / name for folder in folders() for name in names]
@@ -160,10 +173,27 @@ def from_hub(hub_id: str, file: str = "model.safetensors") -> Path | None:
 
     if found := cached(hub_id, file):
         return found
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _OFFLINE:
+    if not hub_answers():  # its client would try for 50 s
         return None
-    try:  # a look before the hub client retries for 50 s
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    _log.info("fetching %s of %s from the hub", file, hub_id)
+    try:
         return Path(hf_hub_download(hub_id, file))
     except (OSError, HfHubHTTPError):
         return None
+
+
+def hub_answers(wait_s: float = 3.0) -> bool:
+    """Whether the Hugging Face hub can be reached; False after so long, as a name server may not answer for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _OFFLINE:
+        return False
+    over, reached = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((_HUB, 443), timeout=wait_s).close()
+            reached.set()
+        over.set()
+
+    threading.Thread(target=ask, name="vacli-hub", daemon=True).start()
+    over.wait(wait_s)
+    return reached.is_set()

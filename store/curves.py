@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from .track import Track
 HEADER = ("frame", "time_s", "valence", "arousal", "face", "person", "valence_std", "arousal_std")
 RECORDS = ".vacli"  # the folder of the records, in a folder of curves
 _FORMAT = 1
+_PATHS = ("video", "labels", "csv")  # of a record
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Curve:
             raise ValueError(
                 f"a curve of {rows} rows with a spread of {self.spread.shape}; wanted ({rows}, 2)"
             )
+        if not self.person.isprintable() or set(self.person) & set(',"'):
+            raise ValueError(f"a person called {self.person!r:.80}; wanted main, left, right, or a number")
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,27 @@ def write_csv(path: Path, curve: Curve) -> None:
 
     The file is whole or as it was before. Raises VacliError if it cannot be written.
     """
-    rows = zip(curve.track.times_s, curve.track.values, curve.face, strict=True)
+    spread: Any = repeat(None) if curve.spread is None else curve.spread
     with whole_file(path) as f:
         f.write(",".join(HEADER) + "\n")
-        for i, (time_s, (valence, arousal), seen) in enumerate(rows):
-            apart = "," if curve.spread is None else "{:.6f},{:.6f}".format(*curve.spread[i])
-            f.write(f"{i + 1},{time_s:.6f},{valence:.6f},{arousal:.6f},{int(seen)},{curve.person},{apart}\n")
+        rows = zip(curve.track.times_s, curve.track.values, curve.face, spread, strict=False)
+        for frame, (time_s, values, seen, apart) in enumerate(rows, start=1):
+            f.write(csv_line(frame, time_s, values, seen, curve.person, apart) + "\n")
+
+
+def csv_line(
+    frame: int, time_s: float, values: np.ndarray, face: bool, person: str, spread: np.ndarray | None
+) -> str:
+    """One row under HEADER: values (2,), valence and arousal; spread (2,) or None."""
+    apart = "," if spread is None else f"{spread[0]:.6f},{spread[1]:.6f}"
+    return f"{frame},{time_s:.6f},{values[0]:.6f},{values[1]:.6f},{int(face)},{person},{apart}"
 
 
 def read_csv(path: Path) -> Curve:
     """What `write_csv` wrote; also files of older versions, which lack the last columns.
 
-    Raises VacliError for a file that cannot be read, a missing column, text that is no number, and times that do not
-    rise.
+    Raises VacliError for a file that cannot be read, a missing column, text that is no number, frames that are not
+    counted from 1, and times that do not rise.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
@@ -98,18 +110,18 @@ def read_csv(path: Path) -> Curve:
                     f"{path}: no column {', '.join(sorted(missing))}; wanted a curve of `vacli predict`"
                 )
             rows = list(reader)
+        if any(row["frame"] != str(i) for i, row in enumerate(rows, 1)):
+            raise ValueError("its frames are not 1, 2, 3 and so on: lines are missing or out of place")
         numbers = np.array([[float(row[name]) for name in HEADER[1:5]] for row in rows]).reshape(-1, 4)
         has_spread = bool(rows) and bool(rows[0].get("valence_std"))
         spread = np.array([[float(row[name]) for name in HEADER[6:]] for row in rows]) if has_spread else None
         people = {row.get("person") or "main" for row in rows}
         if len(people) > 1:
-            raise ValueError(f"it is of several people: {', '.join(sorted(people)[:5])}")
-        return Curve(
-            Track(numbers[:, 1:3].astype(np.float32), numbers[:, 0]),
-            numbers[:, 3] > 0,
-            *people or ["main"],
-            spread,
-        )
+            raise ValueError(f"it is of several people: {', '.join(map(repr, sorted(people)[:5]))}")
+        with np.errstate(over="ignore"):  # it is an infinity then, and refused
+            values = numbers[:, 1:3].astype(np.float32)
+        person = people.pop() if people else "main"
+        return Curve(Track(values, numbers[:, 0]), numbers[:, 3] > 0, person, spread)
     except (OSError, UnicodeDecodeError, csv.Error, ValueError, TypeError) as e:
         raise VacliError(f"cannot read the curve {path}: {e}; write it again with `vacli predict`") from e
 
@@ -120,7 +132,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     Its folder is made. Raises VacliError if it cannot be written.
     """
-    aside = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    aside = path.with_name(f".{folder_of(path.name)}.{os.getpid()}.part")  # a long name has no room for more
     as_text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,12 +156,25 @@ def remember(folder: Path, about: About) -> None:
 
     Raises VacliError if it cannot be written.
     """
-    facts: dict[str, Any] = {"format": _FORMAT, **asdict(about)}
-    for key in ("video", "labels", "csv"):
-        if facts[key] is not None:
-            facts[key] = Path(os.path.relpath(facts[key], folder)).as_posix()
     with whole_file(folder / RECORDS / f"{folder_of(about.id)}.json") as f:
-        json.dump(facts, f, indent=1)
+        json.dump({"format": _FORMAT, **facts_of(about, folder)}, f, indent=1)
+
+
+def facts_of(about: About, folder: Path) -> dict[str, Any]:
+    """The record for JSON; paths as they are seen from the folder."""
+    facts = asdict(about)
+    for key in _PATHS:
+        if facts[key] is not None:
+            facts[key] = seen_from(folder, facts[key])
+    return facts
+
+
+def seen_from(folder: Path, path: Path) -> str:
+    """The path relative to the folder, with slashes.
+
+    A folder that is a link has its `..` where it leads to, not where it stands; the file itself may be a link.
+    """
+    return Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve())).as_posix()
 
 
 def recall(folder: Path) -> list[About]:
@@ -177,23 +202,31 @@ def recall(folder: Path) -> list[About]:
 
 def _read(folder: Path, path: Path) -> About | None:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.pop("format") != _FORMAT or facts.keys() != {f.name for f in fields(About)}:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
             return None
-        for key in ("video", "labels", "csv"):
-            facts[key] = None if facts[key] is None else folder / str(facts[key])
-        about = About(**facts)
-        strings = (about.id, about.video_id, about.name, about.person)
-        if not all(isinstance(s, str) for s in strings) or plain_id(about.id) != about.id:
-            return None  # it would lead out of the folder
-        if plain_id(about.video_id) != about.video_id or not isinstance(about.run, dict):
+        if facts.keys() != {f.name for f in fields(About)} or not isinstance(facts["run"], dict):
             return None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        if not all(isinstance(facts[key], str) for key in ("id", "video_id", "name", "person")):
+            return None
+        if not all(isinstance(facts[key], str | None) for key in (*_PATHS, "problem", "warning")):
+            return None
+    except (OSError, ValueError, RecursionError):
         return None
+    if path.stem != folder_of(facts["id"]) or any("\0" in facts[key] for key in _PATHS if facts[key]):
+        return None
+    inside = facts["csv"] is None or not (
+        Path(facts["csv"]).is_absolute() or ".." in Path(facts["csv"]).parts
+    )
+    if not inside or any(plain_id(facts[key]) != facts[key] for key in ("id", "video_id")):
+        return None  # it would lead out of the folder
+    about = About(**{**facts, **{key: folder / facts[key] for key in _PATHS if facts[key] is not None}})
     return about if about.csv is None or about.csv.is_file() else None
 
 
 def _is_curve(path: Path) -> bool:
+    if not path.is_file():
+        return False  # a pipe would be waited for
     try:
         with open(path, encoding="utf-8-sig") as f:
             return f.readline(300).strip().split(",")[:5] == list(HEADER[:5])

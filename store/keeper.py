@@ -219,6 +219,13 @@ def _look_closely(store: Store, name: str) -> None:
             store.at.read(name, record, everything=True)
 
 
+def unknown_video(store: Store, video_id: str) -> VacliError:
+    """What to raise where the store does not know a video; it names those whose names are like it."""
+    close = [v for v in store.videos() if video_id.lower() in v.lower()][:5]
+    hint = f"there is {', '.join(close)}" if close else "`vacli store ls` lists them"
+    return VacliError(f"{store} knows no video {video_id!r}; {hint}")
+
+
 def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
     """Forget a video, or some of its tracks, and remove the tracks that no other video has; returns those removed.
 
@@ -232,7 +239,7 @@ def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
         if e.failed and store.record(n)["provenance"].get("sample") == video_id
     ]
     if video_id not in videos and (tracks or not failed):
-        raise VacliError(f"{store} knows no video {video_id!r}; `vacli store ls` lists them")
+        raise unknown_video(store, video_id)
     mine = videos.pop(video_id, {"tracks": {}})["tracks"]
     unknown = sorted(set(tracks) - mine.keys())
     if unknown:

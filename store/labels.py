@@ -38,7 +38,9 @@ def read_va(path: Path, times_s: np.ndarray) -> Track:
                     break
                 values[i] = _row(path, i + 2, line, columns)
     except (OSError, UnicodeDecodeError) as e:
-        raise VacliError(f"cannot read the annotations {path}: {e}") from e
+        raise VacliError(
+            f"cannot read the annotations {path}: {e}; wanted text under a header with valence,arousal"
+        ) from e
     return Track(values, np.asarray(times_s, np.float64))
 
 

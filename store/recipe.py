@@ -93,7 +93,7 @@ class Fingerprints:
                 self._remember(key, newest_ns, value)
                 return value
         except OSError as e:
-            raise VacliError(f"cannot read {path}: {e.strerror}") from e
+            raise VacliError(f"cannot read {path}: {e.strerror}; mend that and run again") from e
         return self.memo[key]
 
     def folder(self, paths: Iterable[Path]) -> str:
@@ -109,7 +109,7 @@ class Fingerprints:
                 self._remember(key, newest_ns, whole.hexdigest())
                 return whole.hexdigest()
         except OSError as e:
-            raise VacliError(f"cannot read {e.filename}: {e.strerror}") from e
+            raise VacliError(f"cannot read {e.filename}: {e.strerror}; mend that and run again") from e
         return self.memo[key]
 
     def _remember(self, key: str, newest_ns: int, value: str) -> None:

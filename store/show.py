@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import VacliError, printable
+from .. import printable
 from .entry import Damaged, Unreadable
-from .keeper import Entry, index
+from .keeper import Entry, index, unknown_video
 from .store import Store
 from .track import Track
 
@@ -127,17 +127,19 @@ def shown(store: Store, video_id: str) -> dict[str, Any]:
     facts = _facts_of(store, video_id)
     tracks: dict[str, dict[str, Any]] = {}
     for name, track in sorted(facts["tracks"].items()):
-        tracks[name] = found = {"entry": f"{track['folder']}/{track['media'][:24]}", "problem": None}
+        entry = f"{track['folder']}/{track['media'][:24]}"
+        found: dict[str, Any] = {"entry": entry, "problem": None}
+        tracks[name] = found
         try:
             found["recipe"] = store.recipe_of(track["folder"])
-            values = store.read(found["entry"])
+            values = store.read(entry)
             found |= {"shape": values.values.shape, "dtype": str(values.values.dtype)}
             found |= {"bytes": values.values.nbytes, "valid": int(values.valid.sum())}
             if len(values):
                 found |= {"begin_s": float(values.times_s[0]), "end_s": float(values.times_s[-1])}
             if len(values) > 1:
                 found["step_s"] = float(np.median(np.diff(values.times_s)))
-            found["provenance"] = store.record(found["entry"])["provenance"]
+            found["provenance"] = store.record(entry)["provenance"]
         except KeyError:
             found["problem"] = "not there: run `vacli extract` again"
         except (Damaged, Unreadable) as e:
@@ -148,9 +150,7 @@ def shown(store: Store, video_id: str) -> dict[str, Any]:
 def _facts_of(store: Store, video_id: str) -> dict[str, Any]:
     videos = store.videos()
     if video_id not in videos:
-        close = [v for v in videos if video_id.lower() in v.lower()][:5]
-        hint = f"; there is {', '.join(close)}" if close else "; `vacli store ls` lists them"
-        raise VacliError(f"{store} knows no video {video_id!r}{hint}")
+        raise unknown_video(store, video_id)
     return videos[video_id]
 
 

@@ -205,7 +205,9 @@ class Store:
             if folder_name(recipe) != folder:
                 raise ValueError("it is another one")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise Damaged(f"{self}/{folder}: its recipe cannot be read ({e}); extract again") from e
+            raise Damaged(
+                f"{self}/{folder}: its recipe cannot be read ({e}); run `vacli extract` again"
+            ) from e
         return recipe
 
     def verify(self, wanted: list[str] | None = None) -> Iterator[tuple[str, int, str | None]]:

@@ -141,7 +141,9 @@ def _told(path: Path) -> Iterator[None]:
     except VacliError:
         raise
     except ImportError as e:
-        raise VacliError(f"{path}: reading it needs pyarrow: pip install 'vacli[parquet]'") from e
+        raise VacliError(
+            f"{path}: it needs pyarrow, which cannot be imported: pip install 'vacli[parquet]'"
+        ) from e
     except UnicodeDecodeError as e:
         raise VacliError(f"{path}: it is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
     except (

@@ -62,7 +62,10 @@ def fit(clips: Iterable[Clip], device: torch.device | str = "cpu") -> Baselines:
             for x, rows in design.pieces(clip, labelled):
                 sums.add(x, torch.from_numpy(clip.labels[rows].astype(np.float64)))
     if not sums.rows:
-        raise VacliError("the training videos have no valid label: wanted at least one frame that is not -5")
+        raise VacliError(
+            "the training videos have no valid label: wanted at least one frame that is not -5; "
+            "label more of them and run `vacli extract` again"
+        )
     return Baselines((sums.xy[-1] / sums.rows).numpy(), _solved(sums, design), design)
 
 

@@ -329,8 +329,8 @@ class GRU(nn.Module):
             counts = rows.sum(1).tolist()
         else:
             counts = [int(rows[line, part].sum()) for line, part in videos(start)]
-        if not any(counts):  # any output will do, but it should have a gradient
-            return self.gru(hide(x, mask))[0]
+        if not any(counts):  # nothing is known; it should have a gradient all the same
+            return self.gru(hide(x, mask))[0] * 0
         sequences = [rows for rows in x[valid].split(counts) if len(rows)]
         packed = self.gru(pack_sequence(sequences, enforce_sorted=False))[0]
         values = torch.cat(unpack_sequence(packed))

@@ -153,7 +153,8 @@ def _labelled(clips: Sequence[Clip]) -> list[Clip]:
     labelled = [c for c in clips if c.labels is not None and np.isfinite(c.labels).all(axis=1).any()]
     if not labelled:
         raise VacliError(
-            "the videos to judge by have no valid label: wanted at least one frame that is not -5"
+            "the videos to judge by have no valid label: wanted at least one frame that is not -5; "
+            "label more of them and run `vacli extract` again"
         )
     return labelled
 

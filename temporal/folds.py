@@ -177,6 +177,16 @@ class Folds:
             ]
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, Any]:
+        """What `table` says as plain JSON; "trained": whether a fold is, as only then it has figures."""
+        rows = []
+        for k, (split, labelled) in enumerate(zip(self.about["folds"], self.about["rows"], strict=True)):
+            found = self.runs[k].about["figures"] if k in self.runs else {}
+            figures = {key: found[key] for key in _KEYS if key in found}
+            counts = {"videos": len(split["validation"]), "rows": labelled, "trained": k in self.runs}
+            rows.append({**figures, **counts})
+        return {"run": str(self.path), **self.about.get("figures", {}), "folds": rows}
+
     def predict(
         self, clips: list[Clip], smooth: bool = True, device: torch.device | str | None = None
     ) -> tuple[dict[str, Track], dict[str, Track]]:

@@ -175,7 +175,8 @@ class _StreamEncoder(nn.Module):
         else:
             if dim != BANDS:
                 raise VacliError(
-                    f"encode.{name}.vgg reads log-mel of {BANDS} bands, got a stream of {dim} dims"
+                    f"encode.{name}.vgg reads log-mel of {BANDS} bands, got a stream of {dim} dims; "
+                    "wanted the track of `vacli extract --encoder logmel`"
                 )
             self.vgg = LogMelVgg(spec.vgg.width)
             dim = self.vgg.dim

@@ -229,7 +229,7 @@ def own_splits(of: dict[str, str | None], seed: int, tell: Tell) -> dict[str, li
     if not rest:
         raise VacliError(
             f"{len(of)} video(s) with a valid label and a stream are too few: wanted at least one to train on and one "
-            "to judge by"
+            "to judge by; run `vacli extract` on more labelled videos"
         )
     return {"train": rest, "validation": held_out}
 

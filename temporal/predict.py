@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,8 @@ from .model import Network, encode_of
 from .preset import Preset, check_preset
 from .smoothing import TARGETS, Smoothing, check_smoothing, smoothed
 from .windows import Batch, Clip, Windows
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Run:
         """The trained network in eval mode. Raises VacliError if its weights cannot be read or do not fit."""
         net = Network(self.preset, self.dims)
         weights = self.path / "weights.safetensors"
+        _log.info("reading %s for %s", weights, device)
         try:
             net.load_state_dict(load_file(weights))
         except (OSError, SafetensorError, RuntimeError) as e:

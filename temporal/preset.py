@@ -257,7 +257,9 @@ def preset_text(head: str) -> str:
         try:
             return Path(head).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise VacliError(f"cannot read the preset {head}: {e}; wanted a TOML file") from e
+            raise VacliError(
+                f"cannot read the preset {head}: {e}; wanted a TOML file such as `vacli heads mamba` prints"
+            ) from e
     if head not in preset_names():
         raise VacliError(f"unknown head {head!r}; known: {', '.join(preset_names())}; or a file my.toml")
     return (_folder() / f"{head}.toml").read_text(encoding="utf-8")
@@ -275,7 +277,7 @@ def load_preset(head: str, changes: dict[str, str] | None = None, streams: list[
     try:
         tree = tomllib.loads(preset_text(head))
     except tomllib.TOMLDecodeError as e:
-        raise VacliError(f"preset {head} is not TOML: {e}") from e
+        raise VacliError(f"preset {head} is not TOML: {e}; wanted such as `vacli heads mamba` prints") from e
     for key, value in (changes or {}).items():
         _change(tree, key, value, head)
     preset = check_preset(tree, head)
@@ -300,7 +302,9 @@ def _change(tree: dict[str, Any], key: str, value: str, head: str) -> None:
         else:
             branch = branch.setdefault(part, {})
         if not isinstance(branch, dict | list):
-            raise VacliError(f"--set {key}={value}: {part} is no table in preset {head}")
+            raise VacliError(
+                f"--set {key}={value}: {part} is no table in preset {head}; `vacli heads {head}` prints it"
+            )
     if isinstance(branch, list):
         branch[_place(branch, last, key, value, head)] = _toml_value(value)
     else:

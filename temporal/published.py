@@ -100,7 +100,7 @@ def read_charon(file: Path | str) -> dict[str, Tensor]:
     tensors = _unwrapped(read_weights(file))
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise VacliError(
-            f"weights {file} hold no state dict; wanted the published network's names and tensors"
+            f"weights {file} hold no state dict of tensors; wanted the published network's file; get it again"
         )
     return from_charon(tensors, f"weights {file}")
 

@@ -70,7 +70,8 @@ def check_smoothing(found: Any, where: str) -> Smoothing:
     ]
     if odd or not smoothing:
         raise VacliError(
-            f"{where}: smoothing is {str(found)[:80]}; wanted for valence and arousal a kind (box, gauss) and half_s"
+            f"{where}: smoothing is {str(found)[:80]}; wanted for valence and arousal a kind (box, gauss) and half_s; "
+            "train the run again"
         )
     return smoothing
 

@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,7 +57,7 @@ class Over:
             )
         if len(choices) > 1:
             if len(set(choices)) < len(choices):
-                raise VacliError(f"--over {text}: a value is there twice")
+                raise VacliError(f"--over {text}: a value is there twice; wanted each once")
             return cls(key, choices)
         ends, _, how = values.partition(":")
         low, dots, high = ends.partition("..")
@@ -151,13 +151,15 @@ def sweep(
     name: str | None = None,
     seed: int = 0,
     tell: Callable[[str], None] = print,
+    show: Callable[[Ranking], object] | None = None,
 ) -> Run:
     """Train a head with `trials` settings out of a space, each a run below runs/<name>/; returns the best of them.
 
     space: texts as Over.parse() takes them. trials: how many are to be finished or failed, over all processes and
     calls. The same call goes on, also with trials that were stopped half-way; several processes share the work. What is
     proposed depends on seed and on the trials so far, so a single process always does the same. Judged by the mean CCC
-    of the validation videos; the best of many tries on them is optimistic, which the last lines say too.
+    of the validation videos; the best of many tries on them is optimistic, which the last lines say too. show: gets
+    what was found; without it `tell` gets its lines.
 
     Proposals: TPE as optuna has it (Bergstra et al. 2011, Algorithms for Hyper-Parameter Optimization). Raises
     VacliError where optuna is not installed, for a space that is none, a folder of another sweep, and if every trial
@@ -197,7 +199,13 @@ def sweep(
                 searched.finished(trial, run.about["figures"])
     again = ["vacli", "train", "--head", head, *(w for s in streams or [] for w in ("--stream", s))]
     again += ["--store", str(store.path), "--runs", str(runs)]
-    return searched.report(again, changes, tell)
+    ranking = searched.ranking(again, changes)
+    if show is None:
+        for line in ranking.lines():
+            tell(line)
+    else:
+        show(ranking)
+    return open_run(searched.path / ranking.trials[0].name)
 
 
 def _settings(preset: Preset, overs: list[Over], seed: int, videos: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +225,50 @@ def _tell_of(name: str, tell: Callable[[str], None], line: str) -> None:
 
 def _said(changes: Changes) -> list[str]:
     return [f"{key}={value}" for key, value in changes.items()]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A finished trial: what it changed, and its figures on the validation videos."""
+
+    name: str
+    changes: Changes
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a sweep found: the finished trials that differ, best first, and the command that remakes the best one.
+
+    known: trials there are, those that failed and those that are being trained included.
+    """
+
+    path: Path
+    trials: list[Tried]
+    known: int
+    failed: int
+    running: int
+    command: str
+
+    def lines(self) -> list[str]:
+        """A table of the best ones, a warning, and the command."""
+        lines = [
+            f"the best of {self.known} trials in {self.path} ({len(self.trials)} different ones finished, "
+            f"{self.failed} failed, {self.running} being trained by other processes)",
+            f"{'trial':<10}{'CCC V':>8}{'A':>8}{'mean':>8}",
+        ]
+        for t in self.trials[:_SHOWN]:
+            found = "".join(f"{t.figures[key]:>8.4f}" for key in ("valence", "arousal", "mean"))
+            lines.append(f"{t.name} {found}  {' '.join(_said(t.changes))}")
+        lines.append(
+            f"the best of {len(self.trials)} on the same validation videos is optimistic: judge it on others, "
+            f"or with --folds 6 behind this command, which remakes {self.path}/{self.trials[0].name}:"
+        )
+        return [*lines, self.command]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        return {**asdict(self), "path": str(self.path)}
 
 
 @dataclass
@@ -354,13 +406,12 @@ class _Sweep:
             trial.record.set_user_attr("problem", problem)
             self.study.tell(trial.record, state=self.optuna.trial.TrialState.FAIL)
 
-    def report(self, again: list[str], changes: Changes, tell: Callable[[str], None]) -> Run:
-        """The best run; tells a table of the best ones, and the command that begins with `again` and remakes it."""
+    def ranking(self, again: list[str], changes: Changes) -> Ranking:
+        """What there is so far. again: how the command that remakes the best begins. Raises VacliError if none."""
         with self._alone():
             known = self.study.get_trials(deepcopy=False)
-            ranked = sorted(
-                self._complete(), key=lambda t: -t.user_attrs["figures"]["mean"]
-            )  # the first of equals
+            # of equals the first
+            ranked = sorted(self._complete(), key=lambda t: -t.user_attrs["figures"]["mean"])
         problems = [t.user_attrs["problem"] for t in known if "problem" in t.user_attrs]
         running = sum(not t.state.is_finished() for t in known)
         if not ranked:
@@ -368,22 +419,12 @@ class _Sweep:
             raise VacliError(
                 f"no trial of {self.path} is finished, {len(problems)} failed and {running} are being trained{why}"
             )
-        tell(
-            f"the best of {len(known)} trials in {self.path} ({len(ranked)} different ones finished, {len(problems)} "
-            f"failed, {running} being trained by other processes)"
-        )
-        tell(f"{'trial':<10}{'CCC V':>8}{'A':>8}{'mean':>8}")
-        for t in ranked[:_SHOWN]:
-            found = "".join(f"{t.user_attrs['figures'][key]:>8.4f}" for key in ("valence", "arousal", "mean"))
-            tell(f"trial-{t.number:03} {found}  {' '.join(_said(t.user_attrs['changes']))}")
-        best = ranked[0].user_attrs["changes"]
-        tell(
-            f"the best of {len(ranked)} on the same validation videos is optimistic: judge it on others, "
-            f"or with --folds 6 behind this command, which remakes {self.path}/trial-{ranked[0].number:03}:"
-        )
-        sets = [w for text in _said({**changes, **best}) for w in ("--set", text)]
-        tell(shlex.join([*again, *sets, "--seed", str(self.seed)]))
-        return open_run(self.path / f"trial-{ranked[0].number:03}")
+        found = [
+            Tried(f"trial-{t.number:03}", t.user_attrs["changes"], t.user_attrs["figures"]) for t in ranked
+        ]
+        sets = [w for text in _said({**changes, **found[0].changes}) for w in ("--set", text)]
+        command = shlex.join([*again, *sets, "--seed", str(self.seed)])
+        return Ranking(self.path, found, len(known), len(problems), running, command)
 
 
 def _cut_what_is_half(journal: Path) -> None:
@@ -400,6 +441,8 @@ def _import_optuna() -> Any:
         import optuna
         import optuna.storages.journal
     except ImportError as e:
-        raise VacliError(f"a sweep needs optuna ({e}): pip install 'vacli[sweep]'") from e
+        raise VacliError(
+            f"a sweep needs optuna, which cannot be imported ({e}): pip install 'vacli[sweep]'"
+        ) from e
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we tell what there is to tell
     return optuna

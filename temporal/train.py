@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -34,6 +35,7 @@ from .windows import Clip, Windows
 
 __all__ = ["replace_file", "train", "videos_of"]
 
+_log = logging.getLogger(__name__)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _UNREADABLE = "is damaged or cannot be read; remove it to train from the start"
 _UNSURE = (
@@ -74,6 +76,7 @@ def train(
         about = make_plan(store, preset, Path(runs), seed, tell, splits)
         net = _built(preset, about)  # before the folder: a preset that cannot be built leaves nothing behind
         path = run_folder(runs, name or f"{preset.name}-{about['settings'][:8]}")
+        _log.info("%s of %s into %s, seed %d, on %s", preset.name, store, path, seed, device)
         try:
             with _alone_in(path):
                 if _is_finished(path, about):
@@ -142,6 +145,7 @@ class _Training:
         if state:
             self.done, self.best, self.fell = state["epoch"], state["best"], state["fell"]
             self.tell(f"going on with {self.path} after epoch {self.done}")
+            _log.info("read %s: stage %s", self.path / "last.pt", state["stage"])
         else:
             self.net.standardise_by(self.windows["train"].moments())
             self.net.start_vgg()

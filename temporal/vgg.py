@@ -103,7 +103,7 @@ class LogMelVgg(nn.Module):
         found = read_weights(weights)
         if not isinstance(found, dict):
             raise VacliError(
-                f"cannot read weights {weights}: no state dict in it; wanted torchvggish's names and tensors"
+                f"weights {weights} hold no state dict of tensors; wanted torchvggish's file; get it again"
             )
         state = {k: v for k, v in found.items() if isinstance(v, Tensor) and not str(k).startswith("pproc.")}
         own = self.state_dict()
@@ -189,11 +189,15 @@ def _check(track: Track | None) -> None:
         return
     if track.values.shape[1:] != (BANDS,):
         raise VacliError(
-            f"log-mel has rows of {BANDS}, got {track.values.shape[1:]}: another encoder made them"
+            f"log-mel has rows of {BANDS}, got {track.values.shape[1:]}, of another encoder; "
+            "wanted those of `vacli extract --encoder logmel`"
         )
     wanted = np.arange(len(track)) * HOP_S + ROW_S / 2
     if np.abs(track.times_s - wanted).max() > 1e-3:
-        raise VacliError("log-mel has a row every 10 ms from 12.5 ms on; these are of another encoder")
+        raise VacliError(
+            "log-mel has a row every 10 ms from 12.5 ms on, these are of another encoder; "
+            "wanted those of `vacli extract --encoder logmel`"
+        )
 
 
 def read_weights(weights: Path) -> Any:
@@ -205,9 +209,12 @@ def read_weights(weights: Path) -> Any:
             return load_file(weights)
         return torch.load(weights, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # torch's text advises to run what is in there
-        raise VacliError(f"refused weights {weights}: they hold more than tensors, or are damaged") from e
+        raise VacliError(
+            f"refused weights {weights}: damaged, or holding more than tensors, which could run code; "
+            "wanted .safetensors, or a .pth of tensors alone; get them again from their makers"
+        ) from e
     except Exception as e:  # safetensors and torch raise a dozen kinds for a broken file
         raise VacliError(
-            f"cannot read weights {weights} ({type(e).__name__}: {' '.join(str(e).split())[:120]}); wanted a whole "
-            ".pth or .safetensors of tensors"
+            f"cannot read weights {weights} ({type(e).__name__}: {' '.join(str(e).split())[:120]}); "
+            "wanted a whole .safetensors or .pth file; copy it again"
         ) from e

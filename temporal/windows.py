@@ -61,7 +61,8 @@ class Clip:
             found = tracks[name].values.shape[1:] if name in tracks else (dim,)
             if found != (dim,):
                 raise VacliError(
-                    f"stream {name} of {id} has rows of {found}, wanted ({dim},): another encoder made it"
+                    f"stream {name} of {id} has rows of {found}, wanted ({dim},): another encoder made it; "
+                    "extract with the one of run.json, or train again"
                 )
             if name in patched:
                 continue

@@ -41,6 +41,7 @@ def run(tmp_path_factory) -> tuple[str, Path]:
             "gather",
             "epoch",
             "scan",
+            "live",
             "--small",
         ],
         cwd=ROOT,

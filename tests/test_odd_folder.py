@@ -120,6 +120,21 @@ def test_everybody_in_a_video_has_a_curve_and_they_share_a_page(at, face):
     assert [p.name for p in out.glob("*.html") if p.name != "index.html"] == ["two people.html"]
 
 
+def test_left_and_right_have_curves_of_their_own_on_one_page(at, face):
+    two = [np.concatenate([a, b], axis=1) for a, b in zip(face, face[::-1], strict=True)]
+    write_video(at / "clip.mp4", two, sound=TONE)
+    for side in ("left", "right"):
+        vacli("predict", "clip.mp4", "--person", side)
+    out = at / "predictions"
+    assert [(a.id, a.video_id, a.person) for a in recall(out)] == [
+        ("clip_left", "clip", "left"),
+        ("clip_right", "clip", "right"),
+    ]
+    left, right = (read_csv(out / f"clip_{side}.csv").track.values for side in ("left", "right"))
+    assert (left != right).any()
+    assert [p.name for p in out.glob("*.html") if p.name != "index.html"] == ["clip.html"]
+
+
 def test_a_list_and_several_paths_give_each_video_once(at, face):
     odd_folder(at / "odd", face)
     (at / "list.txt").write_text("# Monday\nodd/plain.mp4\n\nodd/gone.mp4\nodd/day 2/plain.mp4\n")

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vacli import VacliError
 from vacli.store import Store, Track
-from vacli.store.interchange import CURVE_HEADER, write_curve_csv
 from vacli.temporal.predict import (
     Run,
     face_stream_of,
@@ -316,60 +315,6 @@ def test_a_smoothing_that_is_none_is_one_line(tmp_path, odd):
     with pytest.raises(VacliError, match=r"run\.json: smoothing is .*wanted.*kind") as e:
         _ = Run(tmp_path, {"smoothing": odd}).smoothing
     assert "\n" not in str(e.value)
-
-
-# ---- the file ------------------------------------------------------------------------------------------------
-
-
-def test_a_curve_file_has_a_line_for_every_frame_counted_from_one(tmp_path):
-    path = tmp_path / "new" / "folder" / "clip.csv"
-    track = Track(np.array([[0.5, -1], [0.25, 1 / 3]], np.float32), np.array([0.02, 0.0600004]))
-    write_curve_csv(path, track, np.array([True, False]))
-    assert CURVE_HEADER == "frame,time_s,valence,arousal,face"
-    assert path.read_bytes() == (
-        b"frame,time_s,valence,arousal,face\n1,0.020000,0.500000,-1.000000,1\n2,0.060000,0.250000,0.333333,0\n"
-    )
-    assert [p.name for p in path.parent.iterdir()] == ["clip.csv"]
-
-
-def test_the_spread_of_an_ensemble_stands_in_two_more_columns(tmp_path):
-    track = Track(np.array([[0.5, -1], [0.25, 1 / 3]], np.float32), np.array([0.02, 0.06]))
-    write_curve_csv(tmp_path / "c.csv", track, np.ones(2, bool), np.array([[0.125, 0], [0.03125, 1]]))
-    assert (tmp_path / "c.csv").read_text().splitlines() == [
-        "frame,time_s,valence,arousal,face,valence_std,arousal_std",
-        "1,0.020000,0.500000,-1.000000,1,0.125000,0.000000",
-        "2,0.060000,0.250000,0.333333,1,0.031250,1.000000",
-    ]
-    with pytest.raises(ValueError, match="shorter"):
-        write_curve_csv(tmp_path / "c.csv", track, np.ones(2, bool), np.zeros((1, 2)))
-
-
-def test_a_curve_without_rows_is_a_header(tmp_path):
-    write_curve_csv(tmp_path / "c.csv", Track(np.empty((0, 2), np.float32), np.empty(0)), np.empty(0, bool))
-    assert (tmp_path / "c.csv").read_text() == CURVE_HEADER + "\n"
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path, track = tmp_path / "clip.csv", curve(np.zeros(3))
-    write_curve_csv(path, track, np.ones(3, bool))
-    old = path.read_bytes()
-    with pytest.raises(ValueError, match="shorter"):
-        write_curve_csv(path, track, np.ones(2, bool))
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(VacliError, match=r"cannot write .*clip\.csv: No space left on device; .*--out"):
-        write_curve_csv(path, curve(np.ones(3)), np.ones(3, bool))
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.csv"]
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(VacliError, match=r"cannot write .*clip\.csv"):
-        write_curve_csv(tmp_path / "file" / "clip.csv", curve(np.zeros(1)), np.ones(1, bool))
 
 
 # ---- clocks --------------------------------------------------------------------------------------------------

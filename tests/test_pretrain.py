@@ -400,7 +400,7 @@ def test_without_a_face_there_is_one_clear_error(store, tmp_path):
     ("how", "complaint"),
     [
         ({"epochs": 0}, "epochs 0: wanted at least 1"),
-        ({"frames_per_video": 0}, "0 frames per video in batches of 16; wanted at least 1 of each"),
+        ({"frames_per_video": 0}, "--frames-per-video 0 --batch 16: wanted at least 1 of each"),
         ({"mask": 1.0}, "--mask 1.0: wanted a share of the patches in (0, 1)"),
         ({"mask": 0.01}, "--mask 0.01 of the 4 patches of 32 pixels: wanted some hidden and some seen"),
         ({"from_scratch": False, "weights": "none.pth"}, "no weights at"),

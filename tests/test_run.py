@@ -384,7 +384,7 @@ def test_anothers_encoder_is_made_by_its_path_and_again_by_what_the_store_says_o
         ),
         (["x="], {}, "unknown encoder ''; known: hf-audio"),
         (["toy_encoders:None"], {}, "encoder 'toy_encoders:None' cannot be imported"),
-        (["os:path"], {}, "os:path is no encoder: wanted a class with name, eats"),
+        (["os:path"], {}, "os:path is no encoder; wanted a class with name, eats"),
         (["toy_encoders:NoOptions"], {}, "toy_encoders:NoOptions is no encoder"),
         (
             ["mae"],

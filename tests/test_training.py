@@ -395,13 +395,13 @@ def test_another_number_of_batches_than_was_said_is_refused(count):
         ({"epochs": 0}, "epochs 0: wanted at least 1"),
         ({"lr": 0.0}, r"lr 0\.0: wanted more than 0"),
         ({"lr": float("nan")}, "lr nan: wanted more than 0"),
-        ({"weight_decay": -1.0}, "weight decay"),
+        ({"weight_decay": -1.0}, "weight-decay"),
         ({"warm_up": 1.0}, "warm-up 1.0: wanted a share"),
-        ({"ema": 1.0}, "ema 1.0: wanted a decay"),
+        ({"ema": 1.0}, "ema 1.0: wanted one in"),
         ({"patience": 0}, "patience 0: wanted at least 1"),
         ({"accumulate": 0}, "accumulate 0"),
         ({"seed": -1}, "seed -1: wanted 0 or more"),
-        ({"dtype": "int8"}, "dtype 'int8': wanted one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype int8: wanted one of float32, bfloat16, float16"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong, told):

@@ -173,7 +173,7 @@ def test_weights_that_are_none_are_one_line(network, tmp_path):
         (state, "do not fit VGGish: missing, unexpected or misshapen embeddings.0.bias"),
         ({"extra": torch.zeros(1)}, "do not fit VGGish"),
         ({"a": Bomb(tmp_path / "boom")}, "refused weights"),
-        ([1, 2], "cannot read weights"),
+        ([1, 2], "hold no state dict of tensors"),
     ):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(VacliError, match=complaint) as caught:

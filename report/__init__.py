@@ -1,0 +1,1 @@
+"""What people look at: pages of curves and of training runs, figures, overlays."""
