@@ -276,8 +276,9 @@ def of_person(samples: list[Sample], person: str) -> list[Sample]:
     def asked(s: Sample) -> Sample:
         if s.crops or s.person != "main":
             return s
-        named = {"id": plain_id(f"{s.id}_{person}"), "among": s.id} if aside else {}
-        return replace(s, person=person, **named)
+        if aside:
+            return replace(s, person=person, id=plain_id(f"{s.id}_{person}"), among=s.id)
+        return replace(s, person=person)
 
     return [asked(s) for s in samples]
 

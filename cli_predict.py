@@ -147,7 +147,7 @@ def report(folder: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("predictions"))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True)
 @click.option("--format", type=click.Choice(["png", "svg", "pdf"]), default="png", show_default=True)
-def plot(folder: Path, out: Path, format: str) -> None:
+def plot(folder: Path, out: Path, format: Any) -> None:
     """Draw figures for papers of a folder of curves: curves, circumplex density, labels against predictions."""
     from .report.plots import write_plots
 
