@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import VacliError, printable
-from .cli_shell import JSON, print_json, say
+from .cli_shell import JSON, complete_encoders, print_json, say
 from .cli_store import STORE
 from .cli_temporal import pair
 
@@ -72,7 +72,7 @@ def on_people(command: Any) -> Any:
 @click.argument("data", type=click.Path(path_type=Path))
 @STORE
 @click.option(
-    "--encoder", "names", multiple=True, default=("mae", "logmel"), show_default=True,
+    "--encoder", "names", multiple=True, default=("mae", "logmel"), show_default=True, shell_complete=complete_encoders,
     help="An encoder by name, or NAME=ENCODER to call its track NAME. May be repeated.",
 )  # fmt: skip
 @OPTIONS
