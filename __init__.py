@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from math import isfinite
+from pathlib import PurePath
 from typing import Any
 
 __version__ = "0.1.0"
@@ -21,6 +23,18 @@ class VacliError(Exception):
 def printable(text: str) -> str:
     """A stranger's text without what would steer a terminal or break its line."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def plain(tree: Any) -> Any:
+    """The tree for JSON that every reader takes: no NaN or infinity (null then), paths as text, text as UTF-8."""
+    if isinstance(tree, dict):
+        return {plain(str(key)): plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    if isinstance(tree, float) and not isfinite(tree):
+        return None
+    # the name of a file may hold bytes that are no text
+    return str(tree).encode("utf-8", "replace").decode() if isinstance(tree, str | PurePath) else tree
 
 
 def lookup(table: Mapping[str, str], name: str, kind: str) -> Any:

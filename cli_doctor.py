@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .cli_shell import JSON, complete_encoders, print_json
+from .cli_shell import JSON, complete_encoders, print_json, say
 from .cli_store import STORE
 from .cli_temporal import RUNS
 
@@ -19,7 +19,7 @@ _WIDTH = 12  # of the first column
 @click.option("--video", type=click.Path(path_type=Path), help="Videos to estimate time and disk space for.")
 @click.option(
     "--encoder", "encoders", multiple=True, shell_complete=complete_encoders,
-    help="An encoder to be used. May be repeated.  [default: mae, logmel]",
+    help="An encoder to be used. May be repeated.  [default: those of the newest run, else mae, logmel]",
 )  # fmt: skip
 @STORE
 @RUNS
@@ -27,31 +27,80 @@ _WIDTH = 12  # of the first column
 def doctor(video: Path | None, encoders: tuple[str, ...], store: str, runs: str, as_json: bool) -> None:
     """Say what is here, what is missing and how to get it; exit code 1 if anything needed is missing.
 
-    Weights are looked for on this machine; nothing is downloaded.
+    Needed are the encoders named; without --encoder those of the newest run, and where nothing is trained the default
+    ones. Weights are looked for on this machine; nothing is downloaded. With --quiet it says only what is wrong.
     """
     from .doctor import examine
 
     found = examine(video, encoders, store, runs)
-    print_json(found) if as_json else click.echo("\n".join(lines(found)))
-    sys.exit(1 if found["problems"] else 0)
+    if as_json:
+        print_json(found)
+    else:
+        _tell(found)
+    sys.exit(1 if any(found["problems"].values()) else 0)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """What `examine` found, for people: a block of lines for each part, and what is missing at the end."""
+def _tell(found: dict[str, Any]) -> None:
+    """What `examine` found, for people: the verdict, a block of lines for each part, and what is wrong at the end."""
     from . import printable
 
     parts = [
+        [_verdict(found)],
         _machine(found),
         _media(found),
         _weights(found["weights"]),
         _extras(found["extras"]),
         _kept(found),
         *([_videos(found["videos"])] if "videos" in found else []),
+        _ready(found),
     ]
-    problems = found["problems"]
-    end = ["nothing is missing"] if not problems else [f"missing ({len(problems)}):", *problems]
-    told = [line for part in parts for line in (*part, "")] + [end[0], *(f"  {line}" for line in end[1:])]
-    return [printable(line) for line in told]
+    say("\n\n".join("\n".join(map(printable, part)) for part in parts))
+    wrong = _wrong(found["problems"])
+    if wrong:
+        say("")
+    for line in wrong:
+        click.echo(printable(line))
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """In one line."""
+    count = {kind: len(told) for kind, told in found["problems"].items()}
+    if not any(count.values()):
+        unready = [command for command, needs in found["needs"].items() if needs and any(needs.values())]
+        return f"all well, but {' and '.join(unready)} not ready: see there" if unready else "all well"
+    said = (
+        _counted(count["missing"], "thing is missing", "things are missing"),
+        _counted(count["unreadable"], "cannot be read", "cannot be read"),
+        _counted(count["wrong"], "is wrong", "are wrong"),
+    )
+    return f"{', '.join(filter(None, said))}: see the end"
+
+
+def _counted(n: int, one: str, more: str) -> str:
+    return f"{n} {one if n == 1 else more}" if n else ""
+
+
+def _wrong(problems: dict[str, list[str]]) -> list[str]:
+    """The problems under a heading for each kind."""
+    from .doctor import KINDS
+
+    lines = []
+    for kind, told in problems.items():
+        lines += [f"{KINDS[kind]} ({len(told)}):", *(f"  {line}" for line in told)] if told else []
+    return lines
+
+
+def _ready(found: dict[str, Any]) -> list[str]:
+    """What each encoder lacks, for the two commands that want encoders."""
+    newest, lines = found["runs"].get("newest"), []
+    for command, needs in found["needs"].items():
+        if needs is None:
+            continue
+        lacks = [_row("", f"{name}: {lack['text']}") for name, lack in needs.items() if lack]
+        of_run = f"with {newest}, which reads " if command == "predict" else "with "
+        lines.append(_row(command, f"{of_run}{', '.join(needs)}: {'not ready' if lacks else 'all is there'}"))
+        lines += lacks
+    return lines
 
 
 def _row(name: str, text: Any) -> str:
@@ -102,21 +151,21 @@ def _media(found: dict[str, Any]) -> list[str]:
 def _weights(weights: dict[str, Any]) -> list[str]:
     if "error" in weights:
         return [_row("weights", weights["error"])]
+    places = (f"{p} (no such folder)" if p in weights["absent"] else str(p) for p in weights["looked_in"])
     lines = [
-        _row(
-            "weights",
-            f"looked for in {', '.join(map(str, weights['looked_in']))}, then in {weights['hub_cache']}",
-        ),
+        _row("weights", f"looked for in {', '.join(places)}, then in {weights['hub_cache']}"),
         _row("", "$VACLI_WEIGHTS names another folder, -o NAME.weights=FILE any file"),
     ]
     for facts in weights["encoders"]:
         if facts["files"]:
-            lines.append(_row("", f"{facts['name']:<9}{facts['here'] or 'not on this machine'}"))
+            problem = f" {facts['problem']}" if facts["problem"] else ""
+            lines.append(_row("", f"{facts['name']:<9}{facts['here'] or 'not on this machine'}{problem}"))
         else:
             lines.append(_row("", f"{facts['name']:<9}{facts['weights']}"))
         lines.append(_row("", f"{'':<9}licence: {facts['licence']}"))
         if not facts["here"]:
             lines += [_row("", f"{'':<9}file: {' or '.join(facts['files'])}")] if facts["files"] else []
+        if not facts["here"] or facts["problem"]:
             lines += [_row("", f"{'':<9}get: {facts['get']}")] if facts["get"] else []
     for file in weights["files"]:
         said = ", ".join(str(v) for k, v in file.items() if k not in ("path", "bytes"))

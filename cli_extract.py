@@ -48,11 +48,16 @@ def demo(folder: Path, train: int, validation: int, length_s: float, rate_hz: fl
     say(f"{len(ids)} puppet videos in {folder}")
 
 
+def _complete_people(_: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return [who for who in ("main", "all", "left", "right") if who.startswith(incomplete)]
+
+
 def on_people(command: Any) -> Any:
     """The options on whose face is read, and how faces are found."""
     for option in (
         click.option(
             "--person", default="main", show_default=True, metavar="main|all|left|right",
+            shell_complete=_complete_people,
             help="Whose face: the main one, everybody's (a curve for each), of two the left or right one.",
         ),
         click.option(
@@ -319,9 +324,10 @@ def summarise(outcomes: list[Outcome], store: str, tell: Callable[[str], object]
     )
     done = f"computed {computed} tracks" if computed else "nothing to compute"
     tell(f"{done}; {there} tracks of {len(outcomes)} videos were in {store} already")
-    for outcome in outcomes:
-        if outcome.warning:
-            click.echo(f"warning: {outcome.warning}", err=True)
+    for warning, count in _grouped(outcomes).items():
+        click.echo(
+            printable(f"warning: {warning}{f' (and {count - 1} more)' if count > 1 else ''}"), err=True
+        )
     problems = [o for o in outcomes if o.problem]
     if problems:
         click.echo(f"{len(problems)} of {len(outcomes)} videos had a problem:", err=True)
@@ -329,3 +335,16 @@ def summarise(outcomes: list[Outcome], store: str, tell: Callable[[str], object]
         for outcome in problems:
             click.echo(f"  {outcome.sample.id:<{width}}  {printable(str(outcome.problem))}", err=True)
         sys.exit(1)
+
+
+def _grouped(outcomes: list[Outcome]) -> dict[str, int]:
+    """The warnings, and how many videos have each: of those that say the same the first is named, from four on."""
+    said: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.warning:
+            said.setdefault(outcome.warning.removeprefix(f"{outcome.sample.source}: "), []).append(outcome)
+    return {
+        str(o.warning): count
+        for those in said.values()
+        for o, count in ([(those[0], len(those))] if len(those) > 3 else [(o, 1) for o in those])
+    }

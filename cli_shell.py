@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -15,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from . import VacliError, printable
+from . import VacliError, plain, printable
 
 _EPILOG = """\b
 Exit codes:
@@ -103,7 +102,7 @@ def say(line: str, err: bool = False) -> None:
     """A line that informs and was not asked for: not told under --quiet. err: to stderr."""
     context = click.get_current_context(silent=True)
     if context is None or not context.meta.get(_QUIET):
-        click.echo(line, err=err)
+        click.echo("\n".join(map(printable, line.split("\n"))), err=err)
 
 
 def _be_quiet(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -176,17 +175,7 @@ JSON = click.option(
 
 def print_json(tree: Any) -> None:
     """Strict JSON on stdout: what is no number is null, a path is text."""
-    click.echo(json.dumps(_strict(tree), indent=1, allow_nan=False))
-
-
-def _strict(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {str(key): _strict(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_strict(value) for value in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return None
-    return str(tree) if isinstance(tree, Path) else tree
+    click.echo(json.dumps(plain(tree), indent=1, allow_nan=False))
 
 
 # ---- completion ----------------------------------------------------------------------------------------------

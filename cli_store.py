@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from . import VacliError
+from . import VacliError, printable
 from .cli_shell import JSON, complete_folders, print_json, say
 
 if TYPE_CHECKING:
     from .store import Store
     from .store.hdf5_import import Figures
+    from .store.keeper import Doomed
 
 STORE = click.option(
     "--store", default="features.zarr", show_default=True, shell_complete=complete_folders,
@@ -149,20 +152,49 @@ def store_du(store: str, as_json: bool) -> None:
 
 
 @store.command("rm")
-@click.argument("videos", nargs=-1, required=True)
+@click.argument("videos", nargs=-1, required=True, metavar="ID_OR_FILE...")
 @STORE
-@click.option("--track", "tracks", multiple=True, help="Only this track. May be repeated.")
+@click.option("--track", "tracks", multiple=True, help="Only this track of the ids. May be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @_YES
-def store_rm(videos: tuple[str, ...], store: str, tracks: tuple[str, ...], yes: bool) -> None:
-    """Remove VIDEOS, or some of their tracks; runs trained on them can no longer be evaluated."""
-    from .store import keeper
+def store_rm(videos: tuple[str, ...], store: str, tracks: tuple[str, ...], dry_run: bool, yes: bool) -> None:
+    """Remove videos: all that the store keeps of them, also what predictions left there, and their names.
 
-    opened = _to_change(store)
-    what = f"{', '.join(tracks)} of " if tracks else ""
-    _ask(yes, f"remove {what}{', '.join(videos)} from {store}?")
-    for video_id in videos:
-        gone = keeper.remove(opened, video_id, list(tracks))
-        click.echo(f"{video_id}: {len(gone)} tracks removed")
+    ID_OR_FILE is an id of `vacli store ls`, or the video file (if its name is an id too: ./NAME). Of a file, all that
+    was made of its bytes goes, under whatever id; of an id, what no other id shares.
+
+    Not removed: what was predicted (the folder predictions/), the videos, copies, exports and other machines' caches of
+    the store, and trained runs, with what they learned from the video; they can no longer be evaluated on it. A run
+    that is at work on the video stores it again: let it end first.
+    """
+    from .store import Store, keeper
+    from .store.show import size_text
+
+    opened = Store(store) if dry_run else _to_change(store)
+    known = opened.videos()
+    meant = [Path(v) if v not in known and os.path.isfile(v) else v for v in videos]
+    found = keeper.doomed(opened, meant, tracks)
+    for line in _told_of(found):
+        click.echo(printable(line))
+    if dry_run:
+        return
+    _ask(yes, printable(f"remove {', '.join(videos)} from {store}?"))
+    gone = keeper.remove(opened, meant, tracks)
+    click.echo(f"{len(gone)} tracks removed, {size_text(found.nbytes)}")
+
+
+def _told_of(found: Doomed) -> Iterator[str]:
+    """What would be removed and what would stay, in lines."""
+    from .store.show import size_text
+
+    unnamed = f", {found.unnamed} of them under no name" if found.unnamed else ""
+    aside = f", and {len(found.aside)} set aside as damaged" if found.aside else ""
+    yield f"{len(found.entries)} tracks{unnamed}{aside}, {size_text(found.nbytes)}"
+    if found.names:
+        yield f"of {', '.join(found.names)}"
+    if found.kept:
+        others = ", ".join(sorted(set(found.kept.values())))
+        yield f"{len(found.kept)} more stay, that {others} shares: give that id too, or the video file"
 
 
 @store.command("export")

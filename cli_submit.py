@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import printable
-from .cli_shell import say
+from .cli_shell import JSON, print_json, say
 
 if TYPE_CHECKING:
     from .store.submission import Finding, Written
@@ -31,7 +31,7 @@ _EULA = (
 @click.option(
     "--check", type=click.Path(path_type=Path), help="Write nothing: tell what is wrong with this file."
 )
-@click.option("--json", "as_json", is_flag=True, help="What was found, for programs.")
+@JSON
 def submit(
     folder: Path, task: str, sample: Path | None, out: Path, check: Path | None, as_json: bool
 ) -> None:
@@ -47,6 +47,7 @@ def submit(
     """
     from .store.submission import check_submission, write_submission
 
+    unlike = False
     if check is None:
         if sample is None:
             raise click.UsageError(
@@ -54,12 +55,13 @@ def submit(
             )
         written = write_submission(folder, sample, out, task)
         _tell_written(written, to_stderr=as_json)
+        unlike = bool(written.unlike)
     findings = check_submission(check or out, sample)
     _tell_findings(check or out, findings, sample, as_json)
     if check is None:
         say(_TRIES, err=True)
     say(_EULA, err=True)
-    sys.exit(any(finding.wrong for finding in findings))
+    sys.exit(unlike or any(finding.wrong for finding in findings))
 
 
 def _tell_written(written: Written, to_stderr: bool) -> None:
@@ -67,24 +69,29 @@ def _tell_written(written: Written, to_stderr: bool) -> None:
         f"{printable(str(written.path))}: {written.rows} rows of {written.videos} videos", err=to_stderr
     )
     for counts, what in (
-        (written.held, "frames beyond the end of the curve hold its last row"),
-        (written.empty, "rows of the curve have no value and were given the nearest"),
+        (written.held, "frame(s) beyond the end of the curve hold its last row"),
+        (written.empty, "row(s) of the curve have no value and were given the nearest"),
     ):
         for video, count in counts.items():
             click.echo(f"warning: {printable(video)}: {count} {what}", err=True)
+    for video, (last, rows) in written.unlike.items():
+        click.echo(
+            f"wrong: {printable(video)}: the sample goes to frame {last}, its curve has {rows} rows: "
+            "is it the same, whole video? predict it again with `vacli predict --video FILE`",
+            err=True,
+        )
     if written.clipped:
         click.echo(f"warning: {written.clipped} values were outside [-1, 1] and were clipped", err=True)
 
 
 def _tell_findings(path: Path, findings: list[Finding], sample: Path | None, as_json: bool) -> None:
     if as_json:
-        import json
         from dataclasses import asdict
 
         found = [
             {**asdict(one), "where": [{"line": n, "text": text} for n, text in one.where]} for one in findings
         ]
-        click.echo(json.dumps({"file": str(path), "findings": found}, indent=1))
+        print_json({"file": path, "findings": found})
         return
     for one in findings:
         click.echo(f"{'wrong' if one.wrong else 'warning'}: {one.count} x {printable(one.what)}")

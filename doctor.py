@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,18 @@ Tree = dict[str, Any]
 
 
 def examine(video: Path | None, encoders: Sequence[str], store: str, runs: str) -> Tree:
-    """All there is to know, as a plain tree; "problems" has what is missing of what was asked for, each with its mend.
+    """All there is to know, as a plain tree; "problems" has what is wrong with what is needed, each with its mend.
 
-    video: a folder of which the disk space is estimated. encoders: those that will be used; the default ones if empty.
+    video: a folder of which the disk space is estimated. encoders: those that will be used. Needed, "judged_by", are
+    these; where none are named those of the newest run, and where nothing is trained the default ones. "needs": what
+    each encoder lacks, for `vacli extract` and for `vacli predict` with the newest run. "problems": by KINDS.
     Nothing is downloaded, nothing in here raises: a look that fails has {"error": why} for its result.
     """
     from .extract import checkup
     from .extract.checkup import DEFAULT_ENCODERS
     from .temporal.checkup import scan_here, torch_here
 
-    encoders = list(encoders) or list(DEFAULT_ENCODERS)
+    named, encoders = bool(encoders), list(encoders) or list(DEFAULT_ENCODERS)
     found: Tree = {
         "machine": _look(_machine),
         "packages": {name: _version(name) for name in _NEEDED_PACKAGES},
@@ -72,6 +75,12 @@ def examine(video: Path | None, encoders: Sequence[str], store: str, runs: str) 
     }
     if video is not None:
         found["videos"] = _look(lambda: _videos(video, encoders))
+    again = found["runs"].get("encoders")
+    found["needs"] = {
+        "extract": {spec: _lack(partial(_lacking, spec)) for spec in encoders},
+        "predict": None if again is None else {t: _lack(partial(_lacking_again, t, again[t])) for t in again},
+    }
+    found["judged_by"] = "extract" if named or again is None else "predict"
     return {"vacli": __version__, **found, "problems": _problems(found)}
 
 
@@ -125,15 +134,24 @@ def _store(place: str) -> Tree:
 
 
 def _runs(runs: str) -> Tree:
-    """The trained runs, read as text: nothing of them is opened."""
-    finished: list[tuple[str, str]] = []
+    """How many trained runs and folds there are, and the one `vacli predict` takes, with what made each of its streams.
+
+    They are counted as text; the newest is opened, without its weights. Raises VacliError where that cannot be.
+    """
+    from .temporal.folds import Folds, open_any
+
+    finished = 0
     for glob in ("*/run.json", "*/folds.json"):
         for path in Path(runs).glob(glob):
-            with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 about = json.loads(path.read_text(encoding="utf-8"))
-                if "figures" in about and "finished_at" in about:
-                    finished.append((str(about["finished_at"]), str(path.parent)))
-    return {"folder": runs, "finished": len(finished), "newest": max(finished)[1] if finished else None}
+                finished += "figures" in about and "finished_at" in about
+    if not finished:
+        return {"folder": runs, "finished": 0, "newest": None}
+    newest = open_any(None, runs)
+    streams = (newest.first if isinstance(newest, Folds) else newest).about["streams"]
+    made_by = {track: stream["encoder"] for track, stream in streams.items()}
+    return {"folder": runs, "finished": finished, "newest": str(newest.path), "encoders": made_by}
 
 
 def _disk(store: str) -> Tree:
@@ -157,46 +175,67 @@ def _videos(folder: Path, encoders: list[str]) -> Tree:
 
 # ---- what is missing -----------------------------------------------------------------------------------------
 
+KINDS = {
+    "missing": "missing",
+    "unreadable": "cannot be read",
+    "wrong": "wrong",
+}  # of problems, and what they are called
 
-def _problems(found: Tree) -> list[str]:
-    """What keeps the encoders asked for from being computed and their curves from being drawn, and what mends it."""
-    problems = [
-        f"{name} is missing: pip install vacli again" for name, v in found["packages"].items() if not v
+
+def _lack(at: Callable[[], Any]) -> Tree | None:
+    """What an encoder lacks, as {"kind", "text"}; None where that is nothing."""
+    found = _look(at)
+    if isinstance(found, dict):
+        return {"kind": "wrong", "text": found["error"]}
+    return found and {"kind": found[0], "text": found[1]}
+
+
+def _lacking(spec: str) -> Any:
+    from .extract import checkup
+
+    return checkup.lacking(spec)
+
+
+def _lacking_again(track: str, made_by: Tree | None) -> Any:
+    """As `lacking_again` has it; of features that were imported nothing is lacking that could be got."""
+    from .extract import checkup
+
+    if made_by is None:
+        return "imported", "was imported, no encoder makes it from video: name another run with --run"
+    return checkup.lacking_again(track, made_by["kind"], made_by["options"])
+
+
+def _problems(found: Tree) -> dict[str, list[str]]:
+    """By kind, what keeps that from being done which things are here for, and what mends it."""
+    told: list[tuple[str, str]] = [
+        ("missing", f"{name}: pip install vacli again") for name, v in found["packages"].items() if not v
     ]
-    for section in ("torch", "codecs", "store", "weights", "videos"):
+    for section in ("torch", "codecs", "store", "runs", "weights", "videos"):
         if error := found.get(section, {}).get("error"):
-            problems.append(f"{section}: {error}")
+            told.append(("wrong", f"{section}: {error}"))
     if error := found["faces"]["mtcnn"].get("error"):
-        problems.append(f"face detector: {error}")
-    problems += _of_codecs(found["codecs"])
-    problems += _of_encoders(found["encoders"])
+        told.append(("wrong", f"face detector: {error}"))
+    told += _of_codecs(found["codecs"])
+    needs = found["needs"][found["judged_by"]]
+    told += [(lack["kind"], f"{name}: {lack['text']}") for name, lack in needs.items() if lack]
     if "videos" in found and "error" not in found["videos"]:
-        problems += _of_videos(found["videos"], found["disk"])
-    return list(dict.fromkeys(problems))
+        told += _of_videos(found["videos"], found["disk"])
+    return {kind: list(dict.fromkeys(text for k, text in told if k == kind)) for kind in KINDS}
 
 
-def _of_codecs(codecs: Tree) -> list[str]:
+def _of_codecs(codecs: Tree) -> list[tuple[str, str]]:
     from .extract.checkup import NEEDED_CODECS
 
     lost = [name for name in NEEDED_CODECS if "error" not in codecs and not codecs["found"][name]["here"]]
-    return [f"PyAV cannot decode {name}: pip install --force-reinstall av" for name in lost]
+    mend = "pip install --force-reinstall av"
+    return [("missing", f"{name}: PyAV cannot decode it: {mend}") for name in lost]
 
 
-def _of_encoders(encoders: list[str]) -> list[str]:
-    from .extract.checkup import lacking
-
-    told = {spec: _look(lambda spec=spec: lacking(spec)) for spec in encoders}  # type: ignore[misc]
-    told = {spec: text["error"] if isinstance(text, dict) else text for spec, text in told.items()}
-    return [f"{spec}: {text}" for spec, text in told.items() if text]
-
-
-def _of_videos(videos: Tree, disk: Tree) -> list[str]:
-    problems = [f"{path}: {why}" for path, why in videos["problems"].items()]
-    problems += [f"{t['name']}: {t['problem']}" for t in videos["tracks"] if "problem" in t]
+def _of_videos(videos: Tree, disk: Tree) -> list[tuple[str, str]]:
+    problems = [("unreadable", f"{path}: {why}") for path, why in videos["problems"].items()]
+    problems += [("wrong", f"{t['name']}: {t['problem']}") for t in videos["tracks"] if "problem" in t]
     if "free_bytes" in disk and videos["bytes"] > disk["free_bytes"]:
         wanted, free = (f"{nbytes / 1e9:.1f} GB" for nbytes in (videos["bytes"], disk["free_bytes"]))
-        problems.append(
-            f"{videos['folder']} wants {wanted}, {disk['of']} has {free} free: "
-            "choose another disk with --store, or fewer encoders"
-        )
+        mend = "choose another disk with --store, or fewer encoders"
+        problems.append(("wrong", f"{videos['folder']} wants {wanted}, {disk['of']} has {free} free: {mend}"))
     return problems

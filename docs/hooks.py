@@ -1,13 +1,15 @@
-"""What `mkdocs build` has to be told of our code: where the package `vacli` lies, and how its docstrings are read."""
+"""What `mkdocs build` has to be told of our code: where `vacli` lies, how its docstrings and its help are read."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import click
 import griffe
 from mkdocs.plugins import event_priority
 
@@ -34,6 +36,25 @@ def on_config(config: Any) -> Any:
     python = config.plugins["mkdocstrings"].config["handlers"]["python"]
     python["paths"] = [copy.name]
     return config
+
+
+def on_startup(**_: Any) -> None:
+    """Give mkdocs-click, which runs lines together and knows no epilog, a help that is Markdown."""
+    from vacli.cli import main
+
+    commands: list[click.Command] = [main]
+    while commands:
+        command = commands.pop()
+        told = [inspect.cleandoc(part) for part in (command.help, command.epilog) if part]
+        command.help, command.epilog = "\n\n".join(map(fenced, told)), None
+        commands += command.commands.values() if isinstance(command, click.Group) else ()
+
+
+def fenced(help: str) -> str:
+    """The paragraphs that click does not wrap (a line of \\b stands above them) as blocks that keep their lines."""
+    return re.sub(
+        r"^\x08\n((?:.+(?:\n|\Z))+)", lambda found: f"```text\n{found[1].rstrip()}\n```\n", help, flags=re.M
+    )
 
 
 def on_shutdown() -> None:

@@ -7,18 +7,18 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .. import VacliError, lookup
+from .. import lookup
 from . import ENCODERS
 from .catalogue import facts_of
 from .encoder import track_name
-from .weights import cached, described, folders, hub_answers, local
+from .weights import WEIGHTS_DIR, cached, described, folders, hub_answers, local
 
 DEFAULT_ENCODERS = ("mae", "logmel")  # of `vacli extract`
 _ON_THE_HUB = ("mae", "timm", "hf-audio")
@@ -40,6 +40,9 @@ _FACES_BYTES = 2 * (
 # Measured for one core of an AMD EPYC in bfloat16 (of faces: float32, one face in a small picture): images a second.
 _PER_CORE_HZ = {"faces": 45.0, "mae": 1.5, "iresnet": 17.5, "vggish": 100.0, "logmel": 1e5}
 _FLOAT32_COST = 2.07  # times as long, on a CPU without bfloat16
+_OLD_TORCH = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a .pth of torch before 1.6 begins so: its MAGIC_NUMBER
+)
 _SOUND_HZ = {"logmel": 100.0, "hf-audio": 50.0}  # rows a second; what is not here has one for each frame
 
 
@@ -79,35 +82,73 @@ def yunet_here() -> Path | None:
 def weights_here() -> dict[str, Any]:
     """Where weights are looked for, what lies there, and of every encoder of the table what `vacli encoders` tells.
 
-    Asks no network: of the hub, the cache alone.
+    absent: those of the places that do not exist. "problem": why a file cannot be read as weights. Asks no network: of
+    the hub, the cache alone.
     """
     from huggingface_hub import constants
 
+    places = [folder.absolute() for folder in folders()]
     files = [
-        {"path": path.absolute(), "bytes": path.stat().st_size, **_said(path)}
-        for folder in folders()
+        {"path": path, "bytes": path.stat().st_size, **_said(path)}
+        for folder in places
         for path in sorted(folder.glob("*"))
         if path.suffix in (".safetensors", ".pth", ".onnx") and path.is_file()
     ]
+    encoders = [facts_of(name) for name in ENCODERS]
     return {
-        "looked_in": [folder.absolute() for folder in folders()],
+        "looked_in": places,
+        "absent": [folder for folder in places if not folder.is_dir()],
         "hub_cache": constants.HF_HUB_CACHE,
         "files": files,
-        "encoders": [facts_of(name) for name in ENCODERS],
+        "encoders": [{**e, "problem": e["here"] and _unreadable(e["here"])} for e in encoders],
     }
 
 
 def _said(path: Path) -> dict[str, Any]:
     """What weights of ours say of themselves, or why they cannot be read."""
-    try:
-        about = described(path) if path.suffix == ".safetensors" else {}
-    except VacliError as e:
-        return {"problem": str(e)}
+    if path.suffix == ".onnx":
+        return {}  # of yunet_here
+    if problem := _unreadable(path):
+        return {"problem": problem}
+    about = described(path)
     return {key: about[key] for key in ("model", "licence", "note") if about.get(key)}
 
 
-def lacking(spec: str) -> str | None:
-    """What keeps an encoder, named as for --encoder, from being used here, with its mend; None where nothing does.
+def _unreadable(weights: Path) -> str | None:
+    """Why a file cannot be read as weights; None where it can. Its header is read, of the numbers none.
+
+    A .pth of torch before 1.6 has no header but its first bytes: of such a one nobody sees here where it was cut.
+    """
+    try:
+        if weights.suffix == ".safetensors":
+            if isinstance(described(weights), dict):
+                return None
+        elif _begins(weights) == _OLD_TORCH:
+            return None
+        else:
+            import torch
+
+            torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+            return None
+    except Exception:  # safetensors and torch raise a dozen kinds for a broken file, with long advice
+        pass
+    return "cannot be read as weights: wanted a whole .safetensors file, or a .pth of tensors alone; get it again"
+
+
+def _begins(weights: Path) -> bytes:
+    with weights.open("rb") as f:
+        return f.read(len(_OLD_TORCH))
+
+
+class Lack(NamedTuple):
+    """What keeps an encoder from being used here, with its mend. kind: whether to get it, or to get it again."""
+
+    kind: Literal["missing", "unreadable"]
+    text: str
+
+
+def lacking(spec: str) -> Lack | None:
+    """What keeps an encoder, named as for --encoder, from being used here; None where nothing does.
 
     Weights that the hub has are not lacking where it can be reached: the first run fetches them. Raises VacliError for
     an unknown encoder or model.
@@ -119,15 +160,45 @@ def lacking(spec: str) -> str | None:
     facts = facts_of(family)
     own = spec.rpartition("=")[0] or (track_name(model) if model else family)
     if family == "hf-audio" and importlib.util.find_spec("transformers") is None:
-        return "wants the package transformers: pip install 'vacli[hf]'"
-    if (facts["files"] and facts["here"]) or facts["get"] == "" or _has_model(family, model):
+        return Lack("missing", "wants the package transformers: pip install 'vacli[hf]'")
+    if facts["get"] == "" or (family == "hf-audio" and _hub_config(model) is not None):
         return None
+    found = facts["here"] if facts["files"] else _of_timm(family, model)
+    if found:
+        return _lack_in(found)
     if family in _ON_THE_HUB and _hub_answers():
         return None
     other = (
         "any folder as hf-audio:FOLDER" if family == "hf-audio" else f"any file with -o {own}.weights=FILE"
     )
-    return f"no weights: {facts['get'].replace('MODEL', model or 'MODEL')}; or name {other}"
+    get = facts["get"].replace("MODEL", model or "MODEL")
+    return Lack("missing", f"no weights: {get}; or name {other}{_astray()}")
+
+
+def lacking_again(track: str, kind: str, options: Mapping[str, Any]) -> Lack | None:
+    """The same of an encoder to be made again: of its kind and options, as the store and a run keep them.
+
+    Nothing that is not of the table is imported: a run may be a stranger's. Raises what `lacking` raises.
+    """
+    if options.get("weights"):
+        weights = Path(options["weights"])
+        if weights.is_file():
+            return _lack_in(weights)
+        mend = f"put that very file there again, or name it with -o {track}.weights=FILE"
+        return Lack("missing", f"no weights at {weights}, where they were when it was trained: {mend}")
+    model = options.get("model")
+    return lacking(f"{track}={kind}{f':{model}' if model else ''}") if kind in ENCODERS else None
+
+
+def _lack_in(weights: Path) -> Lack | None:
+    problem = _unreadable(weights)
+    return Lack("unreadable", f"{weights} {problem}") if problem else None
+
+
+def _astray() -> str:
+    """What to add where weights are not found, as the folder that should have them may be misspelt."""
+    named = os.environ.get(WEIGHTS_DIR)
+    return f" (${WEIGHTS_DIR}, {named}, is no folder)" if named and not Path(named).is_dir() else ""
 
 
 @cache
@@ -143,13 +214,13 @@ def _parted(spec: str) -> tuple[str, str]:
     return (family, model) if family in ENCODERS else (kind, "")
 
 
-def _has_model(family: str, model: str) -> bool:
-    """Whether the weights of a model that is named are on this machine."""
-    if family == "timm" and model:
-        from .timm_encoder import on_this_machine, pretrained_config
+def _of_timm(family: str, model: str) -> Path | None:
+    """The weights of a timm model that is named, where they are on this machine."""
+    if family != "timm" or not model:
+        return None
+    from .timm_encoder import on_this_machine, pretrained_config
 
-        return on_this_machine(model, pretrained_config(model)) is not None
-    return family == "hf-audio" and _hub_config(model) is not None
+    return on_this_machine(model, pretrained_config(model))
 
 
 # ---- what a folder will take ---------------------------------------------------------------------------------

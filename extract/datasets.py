@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import VacliError
 from ..store import Fingerprints, combine
+from ..store.curves import RECORDS
 from ..store.names import plain_id, split_of
 from . import SUFFIXES
 
@@ -21,6 +22,7 @@ CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent, if no other is 
 # "annotations", "6th ABAW Annotations", "VA_Set", "VA_Estimation_Challenge"
 _ANNOTATIONS = re.compile(r"annotation|^va_(set|estimation)", re.IGNORECASE)
 _SIDE = re.compile(r"_(left|right)$")
+_OVERLAY = ".overlay.mp4"
 _CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
 
 
@@ -56,7 +58,7 @@ class Sample:
     def video_id(self) -> str:
         """The same for everybody in one video: the id, without what tells one of two people from the other."""
         bare = _SIDE.sub("", self.id)
-        of_side = self.video is not None and self.video.stem == bare
+        of_side = self.video is not None and self.video.stem == Path(bare).name
         return self.among or (bare if of_side else self.id)
 
     @property
@@ -154,51 +156,81 @@ def find(root: str | Path, crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]
 
 
 def find_all(paths: Sequence[str | Path], crops_rate_hz: float = CROPS_RATE_HZ) -> list[Sample]:
-    """The samples of several files and folders, each once, sorted by id.
+    """The samples of several files and folders, each once, sorted by id; no two have the same.
 
     A text file is a list: a path a line, as seen from here or from the list's own folder; empty lines and those that
     begin with # are passed over. A line that leads nowhere is a sample all the same, whose problem is told with the
-    others'. Samples of one id are told apart by where their videos lie below the folder that all are in. Raises
-    VacliError as `find` does, and for a list that cannot be read or names nothing.
+    others'. Ids that clash say also where the folder asked for lies, below the one that all are in.
+
+    Raises VacliError as `find` does, and for a list that cannot be read or of which no line leads anywhere.
     """
-    samples: dict[tuple[str, str], Sample] = {}
+    found: dict[tuple[str, ...], Sample] = {}
     for path in _listed([Path(p) for p in paths]):
-        found = find(path, crops_rate_hz) if path.exists() else _plain(path.parent, [path])
-        samples |= {(os.path.realpath(s.source), s.id): s for s in found}
-    count = Counter(s.id for s in samples.values())
-    doubled = [s for s in samples.values() if count[s.id] > 1]
-    places = [Path(os.path.realpath(s.source)) for s in doubled]
-    common = Path(os.path.commonpath([p.parent for p in places])) if places else Path()
-    apart = dict(zip(map(id, doubled), _plain_ids(common, places), strict=True))
-    return sorted((replace(s, id=apart.get(id(s), s.id)) for s in samples.values()), key=lambda s: s.id)
+        for s in find(path, crops_rate_hz) if _is_there(path) else _plain(path.parent, [path]):
+            found.setdefault((os.path.realpath(s.source), os.path.realpath(s.crops or s.source), s.person), s)
+    samples = list(found.values())
+    common = Path(os.path.commonpath([s.root for s in samples]))
+    longer = [
+        (s.id, *(plain_id((s.root.relative_to(common) / n).as_posix()) for n in (s.id, s.name)))
+        for s in samples
+    ]
+    lengths = [0] * len(samples)
+    while True:
+        ids = [names[n] for names, n in zip(longer, lengths, strict=True)]
+        count = Counter(ids)
+        more = [min(n + (count[name] > 1), 2) for n, name in zip(lengths, ids, strict=True)]
+        if more == lengths:
+            break
+        lengths = more
+    return sorted((replace(s, id=name) for s, name in zip(samples, ids, strict=True)), key=lambda s: s.id)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a line of prose can be no name at all
+        return False
 
 
 def _listed(paths: list[Path]) -> Iterator[Path]:
     """The paths, with those that a list names in its place."""
     for path in paths:
-        if path.suffix.lower() not in (".txt", ".lst") or not path.is_file():
-            if not path.exists():
-                raise VacliError(
-                    f"no such file or folder: {path}; wanted a video, a folder of videos or a list"
-                )
+        if not _is_there(path):
+            raise VacliError(f"no such file or folder: {path}; wanted a video, a folder of videos or a list")
+        if path.suffix.lower() in (".txt", ".lst") and path.is_file():
+            yield from _lines(path)
+        else:
             yield path
-            continue
-        if _is_va(path):
-            raise VacliError(
-                f"{path} holds labels; wanted a video, a folder of videos, or a list of their paths"
-            )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise VacliError(f"cannot read the list {path}: {e}; wanted a path a line") from e
-        named = [Path(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
-        if not named:
-            raise VacliError(f"the list {path} names no video; wanted a path a line")
-        yield from (p if p.exists() or not (path.parent / p).exists() else path.parent / p for p in named)
+
+
+def _lines(path: Path) -> list[Path]:
+    if _is_va(path):
+        raise VacliError(f"{path} holds labels; wanted a video, a folder of videos, or a list of their paths")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise VacliError(f"cannot read the list {path}: {e}; wanted a path a line") from e
+    lines = (line.strip() for line in text.split("\n"))
+    named = [Path(line) for line in lines if line and not line.startswith("#")]
+    here = [p if _is_there(p) or not _is_there(path.parent / p) else path.parent / p for p in named]
+    if not any(map(_is_there, here)):
+        raise VacliError(f"the list {path} names no file or folder that is there; wanted a path a line")
+    return here
 
 
 def _videos(root: Path) -> list[Path]:
-    return _in_sight(root, (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
+    found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return _in_sight(root, (p for p in found if not _is_ours(p)))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a film that `vacli predict` made: an overlay beside its curve, a copy for the page of its video."""
+    if path.name.endswith(_OVERLAY):
+        return path.with_name(path.name.removesuffix(_OVERLAY) + ".csv").is_file()
+    for folder in path.parents:
+        if folder.name == "media" and (folder.parent / RECORDS).is_dir():
+            return (folder.parent / path.relative_to(folder)).with_suffix(".html").is_file()
+    return False
 
 
 def _in_sight(root: Path, paths: Iterable[Path]) -> list[Path]:

@@ -108,6 +108,11 @@ class Face:
         """(4,): where the box should be now."""
         return self.now[BOX] + self.speed * min(time_s - self.last_s, coast_s)
 
+    def forget_past(self) -> None:
+        """What is gone by is dropped but for the last detection and what is yet to be confirmed."""
+        past = len(self.rows) - 1 - self.unsure
+        del self.rows[:past], self.values[: 15 * past]
+
     def filled(self, times_s: np.ndarray) -> tuple[slice, np.ndarray]:
         """The rows from first to last and their values (n, 15); those in between that nobody saw are interpolated."""
         rows = np.frombuffer(self.rows, np.int64)
@@ -123,12 +128,16 @@ class Face:
 
 
 class Follower:
-    """Frames in, one batch after the other; in the end everybody who was seen."""
+    """Frames in, one batch after the other; in the end everybody who was seen.
+
+    alive: who is followed at present. times_s: seconds of the frames given.
+    """
 
     def __init__(self, detector: Detects, every: int) -> None:
         self.times_s = array("d")
+        self.alive: list[Face] = []
         self._detector, self._every = detector, every
-        self._alive: list[Face] = []
+        self._rows = 0  # frames given
         self._ended: list[Face] = []
         self._last: np.ndarray | None = None  # the frame before
         self._small: np.ndarray | None = None  # the same, 32x32
@@ -139,24 +148,36 @@ class Follower:
         due = [self._due(cut) for cut in cuts]
         found = iter(self._detector(rgb if all(due) else rgb[due]) if any(due) else ())
         for picture, time_s, cut, looked in zip(rgb, times_s.tolist(), cuts, due, strict=True):
-            row = len(self.times_s)
+            row = self._rows
+            self._rows += 1
             self.times_s.append(time_s)
             if cut:
-                self._ended += self._alive
-                self._alive = []
+                self._ended += self.alive
+                self.alive = []
             guesses = self._flow(picture, row)
             if looked:
                 self._link(row, time_s, picture, next(found), guesses)
             else:
-                for face, guess in zip(self._alive, guesses, strict=True):
+                for face, guess in zip(self.alive, guesses, strict=True):
                     if guess is not None:
                         face.add(row, guess, time_s, sure=False)
             self._last = picture
         if len(rgb):
             self._last = rgb[-1].copy()  # of the batch nothing is held
 
+    def here(self) -> list[Face]:
+        """Those of the living who are in the last frame."""
+        return [face for face in self.alive if face.rows[-1] == self._rows - 1]
+
+    def forget_past(self) -> None:
+        """Nothing is kept that following goes on without; `finish` and `times_s` then know of what came after."""
+        self._ended.clear()
+        del self.times_s[:]
+        for face in self.alive:
+            face.forget_past()
+
     def finish(self) -> list[Face]:
-        return self._ended + self._alive
+        return self._ended + self.alive
 
     def _cut(self, picture: np.ndarray) -> bool:
         small, before = reduced(picture, (32, 32)).astype(np.int16), self._small
@@ -174,7 +195,7 @@ class Follower:
         before = self._last if self._every > 1 else None
         return [
             None if before is None or face.rows[-1] != row - 1 else flow(before, picture, face.now)
-            for face in self._alive
+            for face in self.alive
         ]
 
     def _link(
@@ -186,40 +207,40 @@ class Follower:
         guesses: list[np.ndarray | None],
     ) -> None:
         """Every detection given to one face: one it overlaps, else one that was hidden near by, else a new one."""
-        lost = [time_s - f.last_s > LOST_S for f in self._alive]
-        for face in (f for f, gone in zip(self._alive, lost, strict=True) if gone):
+        lost = [time_s - f.last_s > LOST_S for f in self.alive]
+        for face in (f for f, gone in zip(self.alive, lost, strict=True) if gone):
             face.forget()
             self._ended.append(face)
-        self._alive = [f for f, gone in zip(self._alive, lost, strict=True) if not gone]
+        self.alive = [f for f, gone in zip(self.alive, lost, strict=True) if not gone]
         guesses = [g for g, gone in zip(guesses, lost, strict=True) if not gone]
         looks = [_look(picture, face) for face in faces]
-        new, left = set(range(len(faces))), set(range(len(self._alive)))
+        new, left = set(range(len(faces))), set(range(len(self.alive)))
         if left and new:
-            like = np.array([[_likeness(f.look, look) for look in looks] for f in self._alive])
+            like = np.array([[_likeness(f.look, look) for look in looks] for f in self.alive])
             for fit in (self._overlaps(time_s, faces, guesses, like), self._near(time_s, faces, like)):
                 fit[[i for i in range(len(fit)) if i not in left]] = -np.inf
                 fit[:, [j for j in range(len(faces)) if j not in new]] = -np.inf
                 for i, j in _best_pairs(fit):
-                    self._alive[i].confirm(row, faces[j], guesses[i], looks[j], time_s)
+                    self.alive[i].confirm(row, faces[j], guesses[i], looks[j], time_s)
                     left.discard(i)
                     new.discard(j)
         for i in left:
-            self._alive[i].forget()
+            self.alive[i].forget()
         for j in sorted(new):
-            self._alive.append(Face())
-            self._alive[-1].confirm(row, faces[j], None, looks[j], time_s)
+            self.alive.append(Face())
+            self.alive[-1].confirm(row, faces[j], None, looks[j], time_s)
 
     def _overlaps(
         self, time_s: float, faces: np.ndarray, guesses: list[np.ndarray | None], like: np.ndarray
     ) -> np.ndarray:
         there = [
-            f.foreseen(time_s) if g is None else g[BOX] for f, g in zip(self._alive, guesses, strict=True)
+            f.foreseen(time_s) if g is None else g[BOX] for f, g in zip(self.alive, guesses, strict=True)
         ]
         fit = overlap_of(np.stack(there), faces[:, BOX])
         return np.where(fit >= LINK_IOU, fit + LOOK_WEIGHS * like, -np.inf)
 
     def _near(self, time_s: float, faces: np.ndarray, like: np.ndarray) -> np.ndarray:
-        there = np.stack([f.foreseen(time_s, LOST_S) for f in self._alive])
+        there = np.stack([f.foreseen(time_s, LOST_S) for f in self.alive])
         size, new = (b[:, 2] - b[:, 0] for b in (there, faces[:, BOX]))
         middle, now = ((b[:, :2] + b[:, 2:4]) / 2 for b in (there, faces[:, BOX]))
         size = np.maximum(size, 1)

@@ -14,7 +14,7 @@ import numpy as np
 from .. import VacliError
 from ..store import Track
 from .encoder import Encoder, encode, pass_key
-from .faces import align, overlap_of
+from .faces import ARCFACE_112, align, overlap_of
 from .following import BOX, POINTS, SCORE, Face, Follower
 from .logmel import BANDS, HOP_S, LOG_OFFSET, LogMel, log_mel_blocks
 from .people import AGAIN_IOU, AWAY_S, People
@@ -55,8 +55,11 @@ class LiveFrames:
     sound has a clock of its own a moment comes with the frame after it: a row is the mean of what lies halfway to its
     neighbours. Of the encoders of sound only those are streamed that hear nothing later than the moment.
 
+    A camera goes on until the iterating is left off. Networks are loaded before it is opened, so that its first frame
+    waits for none.
+
     Raises VacliError for an encoder that cannot be streamed. Iterating, of which there can be one at a time, raises it
-    where there is no such camera or video.
+    where there is no such camera or video, and where a camera stops giving pictures.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class LiveFrames:
     def __iter__(self) -> Generator[Moment, None, None]:
         if isinstance(self._source, int):
             ears: dict[str, _Ear] = {}
+            self._warm_up()
             frames = _camera(self._source)
         else:
             ears = {name: listen(self._source) for name, listen in self._hearers.items()}
@@ -92,6 +96,12 @@ class LiveFrames:
                 if face is not None:
                     rows = self._encoded(align(rgb, face[POINTS]))
                 yield Moment(frame, time_s, face is not None, None if face is None else face[BOX], rows)
+
+    def _warm_up(self) -> None:
+        """Networks are built at the first picture they see: here, a black one."""
+        black = np.zeros((480, 640, 3), np.uint8)
+        self._people.detector(black[None])
+        self._encoded(align(black, ARCFACE_112))
 
     def _encoded(self, crop: np.ndarray) -> Rows:
         rows: Rows = {}
@@ -135,7 +145,7 @@ def _file(path: Path) -> _Frames:
 
 
 def _camera(number: int) -> _Frames:
-    """At the times they come, the first at 0."""
+    """At the times they come, the first at 0, until nobody asks for more: that a camera has no more is an error."""
     import cv2
 
     quiet = cv2.utils.logging
@@ -162,42 +172,28 @@ def _camera(number: int) -> _Frames:
                 f"no pictures from camera {number}; wanted one that is plugged in and that nothing else uses; "
                 "name another with --camera N, or a file with --video"
             )
+        raise VacliError(
+            f"camera {number} gave no more pictures after {now_s - start_s:.1f} s; wanted them until Ctrl-C; plug it "
+            "in again, see that nothing else uses it, and start anew"
+        )
     finally:
         camera.release()
-
-
-class _Count:
-    """Of a growing list only how long it is."""
-
-    def __init__(self) -> None:
-        self._length = 0
-
-    def append(self, _: float) -> None:
-        self._length += 1
-
-    def __len__(self) -> int:
-        return self._length
 
 
 class _Main(Follower):
     """Who is followed as the main person, frame by frame; nothing is kept of what is past."""
 
     def __init__(self, people: People) -> None:
-        super().__init__(people._detector, people.every)
-        self.times_s: Any = _Count()
-        self._min_seen = people._min_seen
+        super().__init__(people.detector, people.every)
+        self._min_seen = people.min_seen
         self._who: Face | None = None
         self._last_seen: tuple[np.ndarray, float] | None = None  # box, seconds
 
     def face(self, rgb: np.ndarray, time_s: float) -> np.ndarray | None:
         """(15,) where the main person is in this frame, columns as of `Detector`; None where it is not seen."""
         self.see(rgb[None], np.array([time_s]))
-        here = [face for face in self._alive if face.rows[-1] == len(self.times_s) - 1]
-        self._ended.clear()
-        for face in self._alive:  # what comes next needs only what is yet to be confirmed
-            past = len(face.rows) - 1 - face.unsure
-            del face.rows[:past], face.values[: 15 * past]
-        gone = self._who not in self._alive
+        self.forget_past()
+        here, gone = self.here(), self._who not in self.alive
         if here and (gone or (self._who is not None and self._who.seen < self._min_seen)):
             self._who = self._again(here, time_s) or max(here, key=_weight)
         if self._who not in here:
@@ -302,7 +298,7 @@ class _AtFrames:
         self._listen(int(starts[0]))
         if not self._heard:
             return None
-        row = self._encoder._embed(self._held, self._first, starts, self._heard)[0]
+        row = self._encoder.embed(self._held, self._first, starts, self._heard)[0]
         return None if np.isnan(row).any() else row.astype(np.float32)
 
     def _listen(self, start: int) -> None:

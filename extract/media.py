@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ HOLE_SAMPLES = 2**16  # holes in the sound are filled by blocks of this many zer
 # Pixel formats of which libswscale makes each RGB pixel of that pixel's own samples alone, if both sides are even, so
 # that a part of the picture can be converted by itself. Of 10 bits and odd sides it interpolates the chroma.
 LOCAL_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
+UNSAID = 2  # colours of which a video says nothing, by H.273
 BLOCK_PX = 16  # such parts begin at multiples of this: at whole samples of chroma, at whole vectors
 STEP_PX = 64  # their sides are multiples of this, if there is room: libswscale begins anew for each size
 
@@ -116,7 +118,7 @@ class Video:
     Making one opens nothing. `check`, `pictures`, `frames`, `times` and `sound` each open the file afresh and read it
     once from its beginning. They raise MediaError for what is no video of a known container; all but the last also for
     one that has no pictures or has some of more than 8192x8192 pixels. What may pass (the disk fails, memory is short)
-    is a plain VacliError.
+    is a plain VacliError. `open` raises the same, but looks for no pictures.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -133,7 +135,7 @@ class Video:
 
     def check(self) -> Streams:
         """Opens the file and decodes its first picture. Raises MediaError where there is none."""
-        with self._open() as container:
+        with self.open() as (container, _):
             stream = self._pictures(container)
             first, _ = next(self._decode(container, stream, "pictures"), (None, None))
             if first is None:
@@ -146,9 +148,9 @@ class Video:
 
     def pictures(self) -> Iterator[Picture]:
         """Every frame that decodes, in order, at strictly increasing times; of RGB only what is asked for is made."""
-        with self._open() as container:
+        with self.open() as (container, start_s):
             stream = self._pictures(container)
-            clock, converter = _Clock(_start_s(container), stream.average_rate), _Converter()
+            clock, converter = _Clock(start_s, stream.average_rate), _Converter()
             for frame, stamp in self._decode(container, stream, "pictures"):
                 yield self._picture(frame, stream, clock(stamp, stream.time_base), converter)
 
@@ -180,13 +182,13 @@ class Video:
         Sound is placed by its own timestamps: a late start and holes are zeros, what overlaps is cut. Yields nothing
         where there is no sound.
         """
-        with self._open() as container:
+        with self.open() as (container, start_s):
             stream = self._audio(container)
             if stream is None:
                 return
             given = place = 0  # samples handed out; where the next resampled one belongs
             decoded = (frame for frame, _ in self._decode(container, stream, "sound"))
-            for begin_s, block in _resampled(decoded, rate_hz, _start_s(container)):
+            for begin_s, block in _resampled(decoded, rate_hz, start_s):
                 place = place if begin_s is None else round(begin_s * rate_hz)
                 while given < place:
                     hole = np.zeros(min(place - given, HOLE_SAMPLES), np.float32)
@@ -199,7 +201,8 @@ class Video:
                     yield fresh
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
+    def open(self) -> Iterator[tuple[Any, Fraction]]:
+        """The file as a libav container, opened as a stranger's, and where on its own clock, in seconds, t = 0 is."""
         if not self.path.is_file():
             raise VacliError(f"{self.path}: no such file; {WANTED}; check the path")
         try:
@@ -212,7 +215,7 @@ class Video:
                 raise VacliError(f"{self.path}: {why}") from e
             raise MediaError(self.path, why) from e
         with self._telling(), container:
-            yield container
+            yield container, _start_s(container)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -308,7 +311,15 @@ class _Converter:
 
     def rgb(self, frame: Any, width: int) -> np.ndarray:
         """(H, width, 3) uint8 of a frame, as it is stored."""
-        return self._reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray()
+        try:
+            made = self._reformatter.reformat(frame, width, frame.height, "rgb24", threads=1)
+        except OSError as e:
+            if e.errno != errno.ENOTSUP:
+                raise
+            # Damage has given it colours that there are none of.
+            frame.colorspace = frame.color_primaries = frame.color_trc = UNSAID
+            made = self._reformatter.reformat(frame, width, frame.height, "rgb24", threads=1)
+        return made.to_ndarray()
 
     def canvas(self, shape: tuple[int, int], turns: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 upright, and the same memory seen as the frame is stored; the same for the same arguments."""
@@ -375,6 +386,8 @@ def _packets(container: Any, lost: list[str]) -> Iterator[Any]:
         raise
     except av.FFmpegError as e:
         lost.append(f"reading stopped: {e.strerror}")
+    except IndexError:  # PyAV 18 at the end of a file in which damage made streams appear on the way
+        pass
     yield None
 
 

@@ -44,22 +44,23 @@ class People:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every = every
-        self._detector: Detects = Detector() if detector == "mtcnn" else YuNet.named(detector)
+        self.detector: Detects = Detector() if detector == "mtcnn" else YuNet.named(detector)
 
     def recipe(self) -> dict[str, Any]:
         """All that decides the values, as plain JSON. A change to the code that moves them raises `version`."""
         return {
             "track": self.name,
             "version": 1,
-            "detector": self._detector.recipe(),
+            "detector": self.detector.recipe(),
             **following(self.every),
-            "min_seen": self._min_seen,
+            "min_seen": self.min_seen,
             "again": {"away_s": AWAY_S, "iou": AGAIN_IOU},
             "places": {"most": MOST_PEOPLE, "min_share": MIN_SHARE},
         }
 
     @property
-    def _min_seen(self) -> int:
+    def min_seen(self) -> int:
+        """In how many rows the detector must find a face for it to be none of its false alarms."""
         return MIN_SEEN if self.every == 1 else MIN_SEEN_EVERY
 
     def __call__(self, frames: Frames, on_frames: Callable[[int], None] | None = None) -> Track:
@@ -78,13 +79,13 @@ class People:
         `on_frames` is told how many frames were done since it was last called. No frame is held longer than until the
         next batch has come.
         """
-        follower = Follower(self._detector, self.every)
+        follower = Follower(self.detector, self.every)
         for rgb, times_s in frames:
             follower.see(rgb, times_s)
             if on_frames is not None:
                 on_frames(len(rgb))
         times_s = np.array(follower.times_s, np.float64)
-        return Track(_placed(follower.finish(), times_s, self._min_seen), times_s)
+        return Track(_placed(follower.finish(), times_s, self.min_seen), times_s)
 
 
 class Person:

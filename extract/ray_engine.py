@@ -44,6 +44,7 @@ def extract_with_ray(
     modules = os.pathsep.join(
         p for p in (str(Path.cwd()), *sys.path) if p
     )  # where encoders of one's own may lie
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # vacli reports nothing to anybody; Ray would
     ray.init(
         include_dashboard=False,
         log_to_driver=False,

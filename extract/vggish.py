@@ -148,13 +148,13 @@ class VGGish:
                 ready = max(done, int(np.searchsorted(starts, rows - PATCH_ROWS, side="right")))
                 if ready > done:
                     here = slice(done, ready)
-                    yield Track(self._embed(held, rows - len(held), starts[here], rows), now_s[here])
+                    yield Track(self.embed(held, rows - len(held), starts[here], rows), now_s[here])
                 done = ready
         rest_s = self._times(rows, times_s)[done:]
         if rows and len(rest_s):
             held = np.concatenate([held[1 - PATCH_ROWS :], silence])
             starts = patch_starts(rest_s, self.window)
-            yield Track(self._embed(held, rows + PATCH_ROWS - len(held), starts, rows), rest_s)
+            yield Track(self.embed(held, rows + PATCH_ROWS - len(held), starts, rows), rest_s)
 
     def _times(self, rows: int, times_s: np.ndarray | None) -> np.ndarray:
         """The frames' times, or those of its own clock inside what `rows` rows of log-mel see."""
@@ -164,7 +164,7 @@ class VGGish:
         end_s = (rows - 1) * HOP_S + WINDOW_S if rows else 0.0
         return np.arange(math.ceil(end_s / self.hop_s)) * self.hop_s
 
-    def _embed(self, held: np.ndarray, first: int, starts: np.ndarray, rows: int) -> np.ndarray:
+    def embed(self, held: np.ndarray, first: int, starts: np.ndarray, rows: int) -> np.ndarray:
         """The patches that begin at log-mel rows `starts` (n,), of `held` whose first row is row `first`: (n, 128).
 
         Equal patches are computed once; one without any of the rows 0 to `rows` is NaN.

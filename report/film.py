@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -29,11 +30,6 @@ COPIED_SOUND = {"aac", "mp3", "opus", "flac"}  # what mp4 holds and browsers pla
 # Containers whose packets have presentation times to be trusted, by libav's names. AVI and MPEG-1/2 do not say when
 # every packet is due.
 TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"}
-# As extract.media opens strangers' files: containers alone, no playlists, nothing but local files.
-OPENING = {
-    "format_whitelist": "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,mxf",
-    "protocol_whitelist": "file",
-}
 
 Picture = tuple[np.ndarray, float]  # rgb (H, W, 3) uint8, its time in seconds
 _Packets = Iterator[tuple[float, Any]]  # seconds to put them in order by, and packets to write
@@ -42,12 +38,14 @@ _Packets = Iterator[tuple[float, Any]]  # seconds to put them in order by, and p
 class Source(Protocol):
     """A video as `extract.media.Video` reads it; t = 0 is the earliest start of its pictures and its sound.
 
+    open: its file as a libav container, opened as a stranger's, and where on its own clock t = 0 is, in seconds.
     frames: every frame, upright, square pixels: rgb (B, H, W, 3) uint8 and times_s (B,); the arrays are the caller's.
     sound: contiguous mono blocks (S,) float32, the first sample at t = 0; none where there is no sound.
     """
 
     path: Path
 
+    def open(self) -> contextlib.AbstractContextManager[tuple[Any, Fraction]]: ...
     def frames(self) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
     def sound(self, rate_hz: int) -> Iterator[np.ndarray]: ...
 
@@ -71,43 +69,35 @@ def write_film(
     are higher; others are fitted into it. None: the source's own packets as they are. Sound that mp4 can hold and
     browsers play is copied, any other encoded as mono AAC; both stay where they are in time. comment: of the file.
 
-    Memory is bounded. Raises VacliError for a source without pictures and a file that cannot be written; ValueError or
-    av.FFmpegError for packets of pictures that mp4 cannot hold.
+    Memory is bounded. Raises VacliError for a source without pictures and a film that cannot be made or written;
+    without `pictures` ValueError or av.FFmpegError for packets of the source's that mp4 cannot hold.
     """
+    try:
+        _write(out, source, pictures, most_high_px, comment)
+    except av.FFmpegError as e:
+        if pictures is None:
+            raise
+        why = f"no mp4 can be made of it ({e.strerror}); wanted a whole video; convert it to H.264"
+        raise VacliError(f"{source.path}: {why}") from e
+
+
+def _write(
+    out: Path, source: Source, pictures: Iterable[Picture] | None, most_high_px: int, comment: str
+) -> None:
     options = {"movie_timescale": str(CLOCK.denominator)}  # of what comes before a late stream
     with contextlib.ExitStack() as stack:
-        source_file = stack.enter_context(opened(source.path))
+        source_file, start = stack.enter_context(source.open())
+        sound_file, _ = stack.enter_context(source.open())  # once more: it is read beside the pictures
         aside = stack.enter_context(whole_file(out, "wb"))
         film = stack.enter_context(av.open(f"file:{aside.name}", "w", "mp4", container_options=options))
         film.metadata["comment"] = comment
-        start = start_s(source_file)
         if pictures is None:
             seen = _copied(film, source_file, source_file.streams.best("video"), start)
         else:
             seen = _encoded(film, source, pictures, most_high_px)
-        heard = _heard(film, source, stack, start)
+        heard = _heard(film, source, sound_file, start)
         for _, packets in heapq.merge(seen, heard, key=lambda due: due[0]):
             film.mux(packets)
-
-
-@contextlib.contextmanager
-def opened(video: Path) -> Iterator[Any]:
-    """A stranger's file as a libav container. Raises VacliError for what is no video."""
-    try:
-        container = av.open(f"file:{video}", options=OPENING, metadata_errors="replace")
-    except (av.FFmpegError, OSError) as e:
-        raise VacliError(
-            f"{video}: cannot be read as a video ({e.strerror}); wanted a whole one; copy it again"
-        ) from e
-    with container:
-        yield container
-
-
-def start_s(container: Any) -> Fraction:
-    """What `extract.media.Video` calls t = 0, on the container's clock: the earliest start of pictures and sound."""
-    streams = [container.streams.best("video"), container.streams.best("audio")]
-    starts = [s.start_time * s.time_base for s in streams if s is not None and s.start_time is not None]
-    return min(starts, default=Fraction(0))
 
 
 # ---- packets to be written -----------------------------------------------------------------------------------
@@ -127,7 +117,7 @@ def _copied(film: Any, container: Any, stream: Any, start: Fraction) -> _Packets
         last = highest = None
         steps: tuple[int, int] | None = None
         reordered = False
-        for packet in _timed(container.demux(stream)):
+        for packet in _timed(container, stream):
             if last is not None and packet.dts <= last:  # as damage has it; mp4 cannot hold it
                 if pictures:
                     raise ValueError("pictures out of order")
@@ -145,12 +135,10 @@ def _copied(film: Any, container: Any, stream: Any, start: Fraction) -> _Packets
     return packets()
 
 
-def _timed(packets: Iterator[Any]) -> Iterator[Any]:
+def _timed(container: Any, stream: Any) -> Iterator[Any]:
     """Those that hold something, each with both its times: Matroska's first ones have none to be decoded at."""
     waiting: list[Any] = []
-    for packet in packets:
-        if not packet.size:
-            continue
+    for packet in _demuxed(container, stream):
         if packet.pts is None or len(waiting) > MOST_REORDERED:
             raise ValueError("packets without a time")
         if packet.dts is None:
@@ -163,6 +151,12 @@ def _timed(packets: Iterator[Any]) -> Iterator[Any]:
         yield packet
     if waiting:
         raise ValueError("packets without a time")
+
+
+def _demuxed(container: Any, stream: Any) -> Iterator[Any]:
+    # IndexError: PyAV 18 at the end of a file in which damage made streams appear on the way
+    with contextlib.suppress(IndexError):
+        yield from (packet for packet in container.demux(stream) if packet.size)
 
 
 def _encoded(film: Any, source: Source, pictures: Iterable[Picture], most_high_px: int) -> _Packets:
@@ -195,12 +189,15 @@ def _encoded(film: Any, source: Source, pictures: Iterable[Picture], most_high_p
     return packets()
 
 
-def _heard(film: Any, source: Source, stack: contextlib.ExitStack, start: Fraction) -> _Packets:
-    container = stack.enter_context(opened(source.path))  # once more: it is read beside the pictures
+def _heard(film: Any, source: Source, container: Any, start: Fraction) -> _Packets:
     stream = container.streams.best("audio")
     if stream is None or stream.codec_context is None:
         return iter(())
-    if stream.codec_context.codec.canonical_name in COPIED_SOUND and container.format.name in TIMED:
+    if (
+        stream.codec_context.codec.canonical_name in COPIED_SOUND
+        and container.format.name in TIMED
+        and _copies_whole(source)
+    ):
         return _copied(film, container, stream, start)
     blocks = source.sound(SOUND_HZ)
     first = next(blocks, None)
@@ -212,13 +209,30 @@ def _heard(film: Any, source: Source, stack: contextlib.ExitStack, start: Fracti
         done = 0
         for block in chain([first], blocks):
             for i in range(0, len(block), SOUND_HZ):
-                samples = av.AudioFrame.from_ndarray(block[None, i : i + SOUND_HZ], "fltp", "mono")
+                some = np.nan_to_num(block[None, i : i + SOUND_HZ]).clip(-1, 1)  # others AAC refuses
+                samples = av.AudioFrame.from_ndarray(some, "fltp", "mono")
                 samples.sample_rate, samples.pts, samples.time_base = SOUND_HZ, done, Fraction(1, SOUND_HZ)
                 yield done / SOUND_HZ, audio.encode(samples)
                 done += samples.samples
         yield done / SOUND_HZ, audio.encode(None)
 
     return packets()
+
+
+def _copies_whole(source: Source) -> bool:
+    """Whether mp4 takes every packet of the sound: tried at once, as damage would else show when the pictures are made.
+
+    A damaged packet of AAC in MPEG-TS has no header to be read, and one of any kind may have no time.
+    """
+    with (
+        source.open() as (container, start),
+        contextlib.suppress(av.FFmpegError, ValueError),
+        av.open(f"file:{os.devnull}", "w", "mp4") as nowhere,
+    ):
+        for _, packet in _copied(nowhere, container, container.streams.best("audio"), start):
+            nowhere.mux(packet)
+        return True
+    return False
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------

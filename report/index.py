@@ -54,7 +54,7 @@ def index_page(rows: Sequence[Row]) -> str:
         heads="".join(_head(head, i) for i, head in enumerate(heads)),
         rows="\n".join(_line(row, place, bool(labelled)) for place, row in enumerate(curves)),
     )
-    return document("Valence and arousal", body, {}, ["index.js"], ["page.css", "index.css"])
+    return document("Valence and arousal", body, {}, ["table.js", "index.js"], ["page.css", "index.css"])
 
 
 def clock(length_s: float) -> str:
@@ -111,9 +111,15 @@ def stretches(mask: np.ndarray) -> list[tuple[int, int]]:
 # ---- parts of the page ---------------------------------------------------------------------------------------
 
 
-def _natural(name: str) -> list[str | int]:
-    """A key that has clip 2 before clip 10, as index.js does it."""
-    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(re.split(r"([0-9]+)", name))]
+def _natural(name: str) -> list[str | tuple[int, str]]:
+    """A key that has clip 2 before clip 10; a number may be of any length, and is not made one."""
+    parts = re.split(r"([0-9]+)", name)
+    return [_digits(part) if i % 2 else part.casefold() for i, part in enumerate(parts)]
+
+
+def _digits(part: str) -> tuple[int, str]:
+    digits = part.lstrip("0")
+    return len(digits), digits
 
 
 def _lead(curves: Sequence[Row], failed: Sequence[Row]) -> str:

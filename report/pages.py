@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .. import VacliError
-from ..store.curves import About, Curve, read_csv, recall, seen_from, whole_file
+from ..store.curves import About, Curve, lies_in, read_csv, recall, seen_from, whole_file
 from ..store.labels import Moments, read_va
 from ..store.track import Track
 from .html import document, fill, packed, text
@@ -22,6 +22,15 @@ from .index import Row, clock, index_page, signed, small_picture, stretches
 
 MEDIA = "media"  # the folder of copies a browser can play, in a folder of curves
 _AXES = ("valence", "arousal")
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What was written: the page of the folder, and name -> what of a curve or its labels could not be shown."""
+
+    index: Path
+    problems: dict[str, str] = field(default_factory=dict)
+
 
 Playable = Callable[[Path, Path], Path | None]
 """(video, wanted copy) -> the file a browser plays: the video, the copy, or None. Raises VacliError."""
@@ -46,29 +55,42 @@ def write_pages(
     folder: Path,
     tell: Callable[[str], object] = lambda line: None,
     playable: Playable = lambda video, copy: video,
-) -> Path:
-    """Write folder/<video_id>.html for each video and folder/index.html; returns the latter.
+) -> Pages:
+    """Write folder/<video_id>.html for each video, and folder/index.html.
 
-    A CSV that cannot be read, a lost video, labels that are not there: the page and the index say so, `tell` is told,
-    and the others go on. Raises VacliError where there is no curve at all, or the index cannot be written.
+    A CSV or labels that cannot be read, a page that cannot be written: the pages and the problems say so, and the
+    others go on. Of a lost video the pages say so and `tell` is told: its curve is shown without it. A video in which
+    nobody has a curve any more loses its page. Raises VacliError where there is no curve at all, or the index cannot
+    be written.
     """
     folder = Path(folder)
+    pages = Pages(folder / "index.html")
     videos: dict[str, list[About]] = {}
     for about in recall(folder):
         videos.setdefault(about.video_id, []).append(about)
     rows: list[Row] = []
     for video_id, people in videos.items():
-        rows += _write_video(folder, video_id, people, tell, playable)
-    index = folder / "index.html"
-    with whole_file(index) as f:
+        rows += _write_video(folder, video_id, people, pages.problems, tell, playable)
+    with whole_file(pages.index) as f:
         f.write(index_page(rows))
-    return index
+    return pages
 
 
 def _write_video(
-    folder: Path, video_id: str, abouts: Sequence[About], tell: Callable[[str], object], playable: Playable
+    folder: Path,
+    video_id: str,
+    abouts: Sequence[About],
+    problems: dict[str, str],
+    tell: Callable[[str], object],
+    playable: Playable,
 ) -> list[Row]:
     """One page, if anybody in the video has a curve; a row for each person either way."""
+    is_alone = len(abouts) == 1
+
+    def note(about: About, e: VacliError) -> None:
+        name = about.name if is_alone else f"{about.name} ({about.person})"
+        problems[name] = _joined(problems.get(name), e)
+
     people: list[_Person] = []
     failed: list[About] = []
     for about in abouts:
@@ -76,25 +98,22 @@ def _write_video(
             if about.csv is None:
                 failed.append(about)
             else:
-                people.append(_person(about, read_csv(about.csv), tell))
+                people.append(_person(about, read_csv(about.csv), note))
         except VacliError as e:
-            tell(f"{about.name}: {e}")
+            note(about, e)
             failed.append(replace(about, problem=_joined(about.problem, e)))
     page = folder / _page_of(video_id)
     odd = ""
-    if people:
-        source, lost = _source(page, folder / MEDIA / f"{video_id}.mp4", people, playable)
-        if lost and any(p.about.video for p in people):  # a bare CSV has none, and that is as it should be
-            odd = lost
-            tell(f"{people[0].about.name}: {lost}")
-        try:
-            with whole_file(page) as f:
-                f.write(_video_page(page, folder, source, lost, people, failed))
-        except VacliError as e:
-            tell(str(e))
-            failed += [replace(p.about, problem=_joined(p.about.problem, e)) for p in people]
-            people = []
-    is_alone = len(abouts) == 1
+    try:
+        if people:
+            odd = _write_page(page, folder, people, failed, tell, playable)
+        else:
+            _remove(page)
+    except VacliError as e:
+        for about in [p.about for p in people] or failed[:1]:
+            note(about, e)
+        failed += [replace(p.about, problem=_joined(p.about.problem, e)) for p in people]
+        people = []
     link = _url(page, folder)
     rows = [
         _row(p, f"{link}#person-{i}" if len(people) > 1 else link, is_alone, odd)
@@ -106,8 +125,35 @@ def _write_video(
     ]
 
 
-def _person(about: About, curve: Curve, tell: Callable[[str], object]) -> _Person:
-    """Raises VacliError for a curve without a row. Labels that cannot be read are a warning."""
+def _write_page(
+    page: Path,
+    folder: Path,
+    people: Sequence[_Person],
+    failed: Sequence[About],
+    tell: Callable[[str], object],
+    playable: Playable,
+) -> str:
+    """Returns why there is no video on it, where there should be one. Raises VacliError if it cannot be written."""
+    copy = folder / MEDIA / f"{people[0].about.video_id}.mp4"
+    source, lost = _source(page, folder, copy, people, playable)
+    with whole_file(page) as f:
+        f.write(_video_page(page, folder, source, lost, people, failed))
+    if not lost or not any(p.about.video for p in people):  # a bare CSV has none, and that is as it should be
+        return ""
+    tell(f"{people[0].about.name}: {lost}")
+    return lost
+
+
+def _remove(page: Path) -> None:
+    """The page of an earlier time, when there was a curve. Raises VacliError if it stays."""
+    try:
+        page.unlink(missing_ok=True)
+    except OSError as e:
+        raise VacliError(f"cannot remove {page}: {e.strerror or e}; it is of an earlier curve") from e
+
+
+def _person(about: About, curve: Curve, note: Callable[[About, VacliError], None]) -> _Person:
+    """Raises VacliError for a curve without a row. Labels that cannot be read are noted, and a warning."""
     if not len(curve.track):
         raise VacliError(f"the curve {about.csv} has no row; write it again with `vacli predict`")
     if about.labels is None:
@@ -115,7 +161,7 @@ def _person(about: About, curve: Curve, tell: Callable[[str], object]) -> _Perso
     try:
         labels = read_va(about.labels, curve.track.times_s)
     except VacliError as e:
-        tell(f"{about.name}: {e}")
+        note(about, e)
         return _Person(replace(about, warning=_joined(about.warning, e)), curve)
     agreement = Moments.of(curve.track.values, labels.values)
     return _Person(about, curve, labels, agreement if agreement.count else None)
@@ -171,13 +217,17 @@ def _url(path: Path, start: Path) -> str:
     return quote(os.fsencode(seen), safe="/")
 
 
-def _source(page: Path, copy: Path, people: Sequence[_Person], playable: Playable) -> tuple[str, str]:
+def _source(
+    page: Path, folder: Path, copy: Path, people: Sequence[_Person], playable: Playable
+) -> tuple[str, str]:
     """The URL of what the page plays, and why there is none; one of them is empty."""
     video = next((p.about.video for p in people if p.about.video is not None), None)
     if video is None:
         return "", "It is not known which video this curve is of"
     if not video.is_file():
         return "", f"the video is not at {os.path.normpath(video)} any more"
+    if not lies_in(folder, copy):
+        return "", f"{copy.parent} is a link that leads out of {folder}, and nothing is written there"
     try:
         found = playable(video, copy)
     except VacliError as e:
@@ -269,8 +319,9 @@ def _facts(index: int, person: _Person, here: Path) -> str:
         "Frames": f"{len(curve.track):,}",
         "Length": clock(person.length_s),
     }
-    if len(curve.track) > 1:
-        facts["Rate"] = f"{1 / np.median(np.diff(curve.track.times_s)):.3g} frames a second"
+    step_s = np.median(np.diff(curve.track.times_s)) if len(curve.track) > 1 else 0
+    if step_s >= 1e-6:  # a stranger's times may lie so near each other that there is no rate
+        facts["Rate"] = f"{1 / step_s:.3g} frames a second"
     facts["Face"] = f"seen in {curve.face.mean():.1%} of the frames"
     facts["Mean"] = f"valence {signed(valence, 3)}, arousal {signed(arousal, 3)}"
     if curve.spread is not None and len(found := curve.spread[~np.isnan(curve.spread).any(axis=1)]):

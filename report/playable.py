@@ -10,7 +10,7 @@ from typing import Any
 import av
 
 from .. import VacliError
-from .film import TIMED, Picture, Source, each, opened, start_s, write_film
+from .film import TIMED, Picture, Source, each, write_film
 
 VERSION = 1  # another one when copies are made otherwise: the old ones are made again
 HIGH_PX = 720
@@ -43,16 +43,16 @@ def playable(
         stat = video.stat()
     except OSError as e:
         raise VacliError(f"{video}: {e.strerror}; wanted a video; check the path") from e
-    with opened(video) as container:
+    own = source(video)
+    with own.open() as (container, start):
         pictures = _pictures(video, container)
-        if _plays(video, container, pictures):
+        if -EARLY_S <= start <= LATE_S and _plays(video, container, pictures):
             return video
         fits_mp4 = container.format.name in TIMED and _is_common(pictures, MP4_HOLDS)
     made_of = f"vacli playable {VERSION}: {stat.st_size} bytes of {stat.st_mtime_ns} ns"
-    if _comment(copy) == made_of:
+    if copy.is_file() and _comment(source(copy)) == made_of:
         return copy
-    tell(f"{video}: browsers do not play it as it is; making {copy}")
-    own = source(video)
+    tell(f"{video.name}: browsers do not play it as it is; making {copy}")
     if fits_mp4:
         with contextlib.suppress(av.FFmpegError, ValueError):  # packets that mp4 refuses are decoded
             write_film(copy, own, None, comment=made_of)
@@ -79,7 +79,7 @@ def _is_common(pictures: Any, codecs: set[str]) -> bool:
 
 
 def _plays(video: Path, container: Any, pictures: Any) -> bool:
-    """Whether browsers play the file, show the pictures we read, and agree on t = 0."""
+    """Whether browsers play the file and show the pictures we read."""
     kind = _kind(video, container)
     if kind is None or video.suffix.lower() not in NAMES[kind] or not _is_common(pictures, PLAYED):
         return False
@@ -87,7 +87,7 @@ def _plays(video: Path, container: Any, pictures: Any) -> bool:
         return False  # which one would it show?
     sounds = {s.codec_context.codec.canonical_name for s in container.streams.audio if s.codec_context}
     undecoded = any(s.codec_context is None for s in container.streams.audio)
-    return sounds <= SOUND[kind] and not undecoded and -EARLY_S <= start_s(container) <= LATE_S
+    return sounds <= SOUND[kind] and not undecoded
 
 
 def _kind(video: Path, container: Any) -> str | None:
@@ -97,11 +97,9 @@ def _kind(video: Path, container: Any) -> str | None:
         return "webm" if container.format.name.startswith("matroska") and b"webm" in f.read(64) else None
 
 
-def _comment(copy: Path) -> str | None:
+def _comment(copy: Source) -> str | None:
     """What a copy that is there says it was made of."""
-    if not copy.is_file():
-        return None
-    with contextlib.suppress(VacliError), opened(copy) as container:
+    with contextlib.suppress(VacliError), copy.open() as (container, _):
         return container.metadata.get("comment")
     return None
 

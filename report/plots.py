@@ -77,7 +77,7 @@ def write_plots(
     """Draw a folder of curves into `out`: <id>.curve, circumplex, and labels where there are any, each .<format>.
 
     The circumplex counts the frames in which a face was seen; labels, and every CCC, all labelled frames, as the
-    challenge has it. What cannot be read is told at the end and stops nothing else. The same curves give the same
+    challenge has it. What cannot be read is among the problems and stops nothing else. The same curves give the same
     bytes. Raises VacliError where matplotlib is not installed, nothing can be drawn, or `out` cannot be written.
     """
     matplotlib = _import_matplotlib()
@@ -92,11 +92,10 @@ def write_plots(
             _save(_circumplex_figure(sums), Path(out) / f"circumplex.{format}", format, plots)
         if sums.moments is not None:
             _save(_label_figure(sums), Path(out) / f"labels.{format}", format, plots)
-    for name, problem in plots.problems.items():
-        tell(f"not drawn: {name}: {problem}")
     if not plots.paths:
+        odd = "".join(f" ({why})" for why in list(plots.problems.values())[:1])
         raise VacliError(
-            f"no curve in {folder} can be drawn; make some with `vacli predict --video DIR --out {folder}`"
+            f"no curve in {folder} can be drawn{odd}; make some with `vacli predict --video DIR --out {folder}`"
         )
     tell(f"{len(plots.paths)} figures in {out}")
     return plots

@@ -15,6 +15,8 @@ from .. import VacliError
 KEYS = ("valence", "arousal", "mean")
 _DEEPEST = 6  # folders below the one asked for
 _LARGEST_BYTES = 64 * 2**20  # of a file that is read whole: run.json names every video
+_MOST_LEVELS = 40  # of a JSON: ours have ten, and what shows them goes down level by level
+_MOST_AXES = 16  # of a tensor
 _BUFFERS = ("mean", "deviation", "running_mean", "running_var", "num_batches_tracked")  # no parameters
 Figures = dict[str, float]  # CCC of valence and of arousal, and their mean
 
@@ -182,7 +184,14 @@ def _json(path: Path) -> dict[str, Any]:
     tree = json.loads(data)
     if not isinstance(tree, dict):
         raise ValueError(f"{path.name} holds no table")
+    if _is_deeper(tree, _MOST_LEVELS):
+        raise ValueError(f"{path.name} is nested more than {_MOST_LEVELS} deep")
     return tree
+
+
+def _is_deeper(tree: object, levels: int) -> bool:
+    inside = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
+    return inside is not None and (not levels or any(_is_deeper(each, levels - 1) for each in inside))
 
 
 def _metrics(path: Path) -> tuple[list[Epoch], int]:
@@ -245,9 +254,17 @@ def _parameters(path: Path) -> int | None:
             for name, tensor in header.items()
             if name != "__metadata__" and name.rpartition(".")[2] not in _BUFFERS
         ]
-        return sum(math.prod(int(size) for size in shape) for shape in shapes)
+        count = sum(map(_size, shapes))
+        return None if number_of(count) is None else count  # a number no one can print is none
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _size(shape: Any) -> int:
+    """How many numbers a tensor holds; ValueError for a shape that no tensor has."""
+    if len(shape) > _MOST_AXES or not all(isinstance(size, int) and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"no shape of a tensor: {shape!r:.80}")
+    return math.prod(shape)
 
 
 # ---- what differs --------------------------------------------------------------------------------------------

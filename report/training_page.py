@@ -24,7 +24,7 @@ from .runs import (
     under,
 )
 
-_SCRIPTS = ("uPlot.iife.min.js", "training.js")
+_SCRIPTS = ("uPlot.iife.min.js", "table.js", "training.js")
 _STYLES = ("page.css", "uPlot.min.css", "training.css")
 _COLUMNS = {  # heading -> whether it holds numbers; what a reader looks for stands beside the name
     "Run": False,
@@ -66,7 +66,7 @@ def write_training_page(
         table=_table(found, differ, own=presets is not None),
         folds="\n".join(_folds_card(folds, number) for number, folds in enumerate(found.folds)),
         runs="\n".join(_run_card(run, number) for number, run in enumerate(every)),
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
     )
     title = f"{Path(path).resolve().name}, training"
     page = Path(path) / "index.html"

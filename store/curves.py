@@ -22,6 +22,8 @@ HEADER = ("frame", "time_s", "valence", "arousal", "face", "person", "valence_st
 RECORDS = ".vacli"  # the folder of the records, in a folder of curves
 _FORMAT = 1
 _PATHS = ("video", "labels", "csv")  # of a record
+_LONGEST_NAME = 4096  # bytes, and those of a path on Linux
+_LONGEST_S = 1e9  # some 30 years: a time stamp may count from anywhere
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ class Curve:
             raise ValueError(
                 f"a curve of {self.track.values.shape} with faces {self.face.shape}; wanted (T, 2) and (T,)"
             )
-        if self.spread is not None and self.spread.shape != (rows, 2):
-            raise ValueError(
-                f"a curve of {rows} rows with a spread of {self.spread.shape}; wanted ({rows}, 2)"
-            )
+        if self.spread is not None:
+            if self.spread.shape != (rows, 2):
+                raise ValueError(
+                    f"a curve of {rows} rows with a spread of {self.spread.shape}; wanted ({rows}, 2)"
+                )
+            with np.errstate(over="ignore"):  # beyond float32 it is an infinity, and refused
+                apart = self.spread.astype(np.float32)
+            if (apart < 0).any() or np.isinf(apart).any():
+                raise ValueError("a spread that is negative or infinite; wanted a standard deviation, or NaN")
         if not self.person.isprintable() or set(self.person) & set(',"'):
             raise ValueError(f"a person called {self.person!r:.80}; wanted main, left, right, or a number")
 
@@ -99,7 +106,7 @@ def read_csv(path: Path) -> Curve:
     """What `write_csv` wrote; also files of older versions, which lack the last columns.
 
     Raises VacliError for a file that cannot be read, a missing column, text that is no number, frames that are not
-    counted from 1, and times that do not rise.
+    counted from 1, times that do not rise, and times no video reaches.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
@@ -113,6 +120,8 @@ def read_csv(path: Path) -> Curve:
         if any(row["frame"] != str(i) for i, row in enumerate(rows, 1)):
             raise ValueError("its frames are not 1, 2, 3 and so on: lines are missing or out of place")
         numbers = np.array([[float(row[name]) for name in HEADER[1:5]] for row in rows]).reshape(-1, 4)
+        if (np.abs(numbers[:, 0]) > _LONGEST_S).any():
+            raise ValueError(f"it has times beyond {_LONGEST_S:g} s")
         has_spread = bool(rows) and bool(rows[0].get("valence_std"))
         spread = np.array([[float(row[name]) for name in HEADER[6:]] for row in rows]) if has_spread else None
         people = {row.get("person") or "main" for row in rows}
@@ -130,7 +139,8 @@ def read_csv(path: Path) -> Curve:
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file that is whole or as it was before: written aside, renamed at the end. mode: "w" (UTF-8) or "wb".
 
-    Its folder is made. Raises VacliError if it cannot be written.
+    So it is whoever stops the process; it is not synced, and when the power fails it may be lost or empty: all that is
+    written so can be made again. Its folder is made. Raises VacliError if it cannot be written.
     """
     aside = path.with_name(f".{folder_of(path.name)}.{os.getpid()}.part")  # a long name has no room for more
     as_text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -154,9 +164,14 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def remember(folder: Path, about: About) -> None:
     """Put the record into folder/.vacli, in the place of an earlier one of the same id; paths relative to the folder.
 
-    Raises VacliError if it cannot be written.
+    Raises VacliError if it cannot be written, or folder/.vacli is a link that leads out of the folder.
     """
-    with whole_file(folder / RECORDS / f"{folder_of(about.id)}.json") as f:
+    path = folder / RECORDS / f"{folder_of(about.id)}.json"
+    if not lies_in(folder, path):
+        raise VacliError(
+            f"{path.parent} is a link that leads out of {folder}; remove it, or use another --out"
+        )
+    with whole_file(path) as f:
         json.dump({"format": _FORMAT, **facts_of(about, folder)}, f, indent=1)
 
 
@@ -177,18 +192,24 @@ def seen_from(folder: Path, path: Path) -> str:
     return Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve())).as_posix()
 
 
+def lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file written to the path lies in the folder, wherever links on the way lead; it need not be there."""
+    try:
+        return path.parent.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links that lead to each other
+        return False
+
+
 def recall(folder: Path) -> list[About]:
     """The records of a folder of curves, sorted by id; a CSV that none speaks of has one without a video.
 
-    Paths are below, or relative to, the folder given. A record whose CSV is gone, or that cannot be read, is left out.
-    Raises VacliError where there is neither a record nor a curve.
+    Paths are below, or relative to, the folder given. A record is left out whose CSV is gone, that cannot be read, or
+    whose id leads out of the folder, also by a link in it. Raises VacliError where there is neither a record nor a
+    curve.
     """
     folder = Path(folder)
-    found = {
-        about.id: about
-        for about in map(lambda p: _read(folder, p), folder.glob(f"{RECORDS}/*.json"))
-        if about
-    }
+    records = [path for path in folder.glob(f"{RECORDS}/*.json") if lies_in(folder, path)]
+    found = {about.id: about for about in (_read(folder, path) for path in records) if about}
     known = {about.csv for about in found.values()}
     for path in sorted(folder.rglob("*.csv")):
         inside = path.relative_to(folder)
@@ -211,6 +232,10 @@ def _read(folder: Path, path: Path) -> About | None:
             return None
         if not all(isinstance(facts[key], str | None) for key in (*_PATHS, "problem", "warning")):
             return None
+        for key in ("id", "video_id", "name", "person", *_PATHS):
+            # UnicodeEncodeError: a lone surrogate that stands for no byte of a file's name
+            if facts[key] is not None and len(os.fsencode(facts[key])) > _LONGEST_NAME:
+                return None
     except (OSError, ValueError, RecursionError):
         return None
     if path.stem != folder_of(facts["id"]) or any("\0" in facts[key] for key in _PATHS if facts[key]):
@@ -218,7 +243,10 @@ def _read(folder: Path, path: Path) -> About | None:
     inside = facts["csv"] is None or not (
         Path(facts["csv"]).is_absolute() or ".." in Path(facts["csv"]).parts
     )
-    if not inside or any(plain_id(facts[key]) != facts[key] for key in ("id", "video_id")):
+    if not inside or not all(
+        plain_id(facts[key]) == facts[key] and lies_in(folder, folder / facts[key])
+        for key in ("id", "video_id")
+    ):
         return None  # it would lead out of the folder
     about = About(**{**facts, **{key: folder / facts[key] for key in _PATHS if facts[key] is not None}})
     return about if about.csv is None or about.csv.is_file() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .. import VacliError, __version__
+from .. import VacliError, __version__, plain
 from .curves import HEADER, About, Curve, facts_of, seen_from, whole_file
 
 # Shape legend: T rows of the curve, S stretches of time.
@@ -43,6 +42,15 @@ def write(path: Path, curve: Curve, about: About, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"no such format: {format!r}; wanted one of {', '.join(FORMATS)}")
     FORMATS[format](path, curve, about)
+
+
+def require(format: str) -> None:
+    """Raises VacliError if the format's package is not installed: before anything is computed for it."""
+    with _extra({"eaf": "elan"}.get(format, format)):
+        if format == "parquet":
+            import pyarrow.parquet  # noqa: F401
+        elif format == "eaf":
+            import pympi  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -83,10 +91,10 @@ def _parquet(path: Path, curve: Curve, about: About) -> None:
         for name, column in _columns(curve).items()
     }
     who = np.zeros(len(curve.track), np.int32)
-    arrays["person"] = pa.DictionaryArray.from_arrays(who, pa.array([_utf8(curve.person)]))
+    arrays["person"] = pa.DictionaryArray.from_arrays(who, pa.array([plain(curve.person)]))
     facts = {"vacli": __version__, "id": about.id, "video": about.name, "person": curve.person}
-    metadata = {key: _utf8(text) for key, text in facts.items()}
-    metadata |= {"run": json.dumps(_strict(about.run)), "units": json.dumps(_UNITS)}
+    metadata = {key: plain(text) for key, text in facts.items()}
+    metadata |= {"run": json.dumps(plain(about.run)), "units": json.dumps(_UNITS)}
     table = pa.table({name: arrays[name] for name in HEADER}).replace_schema_metadata(metadata)
     with whole_file(path, "wb") as f:
         parquet.write_table(table, f, compression="zstd")
@@ -102,7 +110,7 @@ def _json(path: Path, curve: Curve, about: About) -> None:
         **{name: columns[name] for name in HEADER},
     }
     with whole_file(path) as f:
-        f.write(json.dumps(_strict(whole), allow_nan=False) + "\n")
+        f.write(json.dumps(plain(whole), allow_nan=False) + "\n")
 
 
 def _plain(column: np.ndarray) -> list[Any]:
@@ -110,27 +118,11 @@ def _plain(column: np.ndarray) -> list[Any]:
     return (np.round(column.astype(np.float64), 6) if column.dtype.kind == "f" else column).tolist()
 
 
-def _strict(value: Any) -> Any:
-    """What every JSON reader takes: no NaN, no infinity, no half of a character."""
-    if isinstance(value, dict):
-        return {_utf8(str(key)): _strict(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return _utf8(value) if isinstance(value, str) else value
-
-
-def _utf8(text: str) -> str:
-    """A file name may hold bytes that are no text."""
-    return text.encode("utf-8", "replace").decode()
-
-
 _UNSAYABLE = re.compile("[\x00-\x1f\x7f-\x9f\ufffe\uffff]")  # no character of XML 1.0, or the end of a line
 
 
 def _line(text: str) -> str:
-    return _UNSAYABLE.sub("\ufffd", _utf8(text))
+    return _UNSAYABLE.sub("\ufffd", plain(text))
 
 
 # ---- stretches of time: ELAN and WebVTT ----------------------------------------------------------------------
@@ -240,7 +232,7 @@ def _eaf(path: Path, curve: Curve, about: About) -> None:
     for link, mime in links:
         eaf.add_secondary_linked_file(_line(link), _dotted(_line(link)), mime)
     _annotate(eaf, curve)
-    run = json.dumps(_strict(about.run))
+    run = json.dumps(plain(about.run))
     facts = {"vacli": __version__, "video": about.name, "run": run}
     eaf.properties = [("lastUsedAnnotationId", eaf.maxaid), *((k, _line(v)) for k, v in facts.items())]
     with whole_file(path, "wb") as f:

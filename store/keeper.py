@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +12,25 @@ from typing import Any, NamedTuple
 from .. import VacliError
 from . import disk, entry
 from .entry import Damaged, Unreadable
+from .names import folder_of
 from .place import StoreError
+from .recipe import SHA256, combine
 from .store import Store
 
 _INDEX = ".index/zarr.json"
-_INDEX_LIMIT = 2**23  # bytes: 30,000 entries; of more the records are read
+_INDEX_LIMIT = 2**23  # bytes: 25,000 entries; of more the records are read
 
 
 class Entry(NamedTuple):
-    """One entry at a glance. shape: of its values, None for a tombstone or where `broken` says what is wrong."""
+    """One entry at a glance. shape: of its values, None for a tombstone or where `broken` says what is wrong.
+    sample: the id it was made for; under another one, or under none, it may be linked."""
 
     shape: tuple[int, ...] | None
     dtype: str
     nbytes: int
     media: str = ""
     failed: str | None = None
+    sample: str = ""
     broken: str | None = None
 
 
@@ -62,7 +66,9 @@ def _look(store: Store, name: str) -> Entry | None:
     values = record.get("arrays", {}).get("values")
     shape = tuple(values["shape"]) if values else None
     dtype = values["dtype"] if values else ""
-    return Entry(shape, dtype, entry.nbytes_of(record), record["media"], record.get("failed"))
+    sample = record["provenance"].get("sample")
+    noted = sample if isinstance(sample, str) else ""
+    return Entry(shape, dtype, entry.nbytes_of(record), record["media"], record.get("failed"), noted)
 
 
 def _known(store: Store) -> dict[str, tuple[str, Entry]]:
@@ -74,12 +80,12 @@ def _known(store: Store) -> dict[str, tuple[str, Entry]]:
         return {}
 
 
-def _entry(shape: Any, dtype: Any, nbytes: Any, media: Any, failed: Any) -> Entry:
+def _entry(shape: Any, dtype: Any, nbytes: Any, media: Any, failed: Any, sample: Any) -> Entry:
     """A row of the index, which may be a stranger's. Raises ValueError."""
-    plain = type(nbytes) is int and type(dtype) is str and type(media) is str
+    plain = type(nbytes) is int and {type(dtype), type(media), type(sample)} == {str}
     if not plain or (shape and set(map(type, shape)) != {int}):
         raise ValueError("not of our form")
-    return Entry(tuple(shape) if shape else None, dtype, nbytes, media, failed and str(failed))
+    return Entry(tuple(shape) if shape else None, dtype, nbytes, media, failed and str(failed), sample)
 
 
 # ---- what may go -----------------------------------------------------------------------------------------------
@@ -107,23 +113,26 @@ def garbage(store: Store, runs: list[Path]) -> list[Garbage]:
         Garbage(f".staging/{p.name}", "left by a killed process", _size(p), path=p)
         for p in store.at.leftovers()
     ]
-    aside = [
-        Garbage(f".quarantine/{p.name}", "found damaged", _size(p), path=p)
-        for p in store.at.hidden(".quarantine")
-    ]
     lost = lost_names(store)
-    aside = [item for item in aside if item.path not in lost]
+    aside = [item for item in _aside(store) if item.path not in lost]
     used = set(store.folders()) if lost else _used(store, runs)
     unused: dict[str, list[Entry]] = {f: [] for f in store.folders() if f not in used}
     for name, e in index(store).items():
         if name.partition("/")[0] in unused:
             unused[name.partition("/")[0]].append(e)
     why = "no video and no run refers to this recipe"
-    left += [
-        Garbage(name, "an upload never finished, or found damaged", n)
-        for name, n in store.at.orphans().items()
-    ]
-    return left + aside + [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
+    recipes = [Garbage(f, why, sum(e.nbytes for e in es), len(es)) for f, es in unused.items()]
+    return left + _orphans(store) + aside + recipes
+
+
+def _aside(store: Store) -> list[Garbage]:
+    pages = store.at.hidden(".quarantine")
+    return [Garbage(f".quarantine/{p.name}", "found damaged", _size(p), path=p) for p in pages]
+
+
+def _orphans(store: Store) -> list[Garbage]:
+    why = "an upload never finished, or found damaged"
+    return [Garbage(name, why, nbytes) for name, nbytes in store.at.orphans().items()]
 
 
 def lost_names(store: Store) -> list[Path]:
@@ -187,11 +196,15 @@ def gc(store: Store, agreed: list[Garbage], runs: list[Path]) -> int:
         names = {item.name for item in agreed}
         found = [item for item in garbage(store, runs) if item.name in names]
         for item in found:
-            if item.path is not None:
-                disk.remove(item.path)
-            else:
-                store.drop(item.name)
+            _clear(store, item)
     return sum(item.nbytes for item in found)
+
+
+def _clear(store: Store, item: Garbage) -> None:
+    if item.path is not None:
+        disk.remove(item.path)
+    else:
+        store.drop(item.name)
 
 
 def repair(store: Store, name: str) -> bool:
@@ -226,35 +239,172 @@ def unknown_video(store: Store, video_id: str) -> VacliError:
     return VacliError(f"{store} knows no video {video_id!r}; {hint}")
 
 
-def remove(store: Store, video_id: str, tracks: list[str]) -> list[str]:
-    """Forget a video, or some of its tracks, and remove the tracks that no other video has; returns those removed.
+_Names = dict[str, list[str] | None]  # id -> its tracks that are meant, None: all
 
-    The tombstones of a video go with it, so that the next extraction tries again. Raises VacliError for an unknown
-    id or track.
+
+@dataclass(frozen=True)
+class Doomed:
+    """What `remove` takes away, and what it leaves.
+
+    entries: name -> bytes; to so many as `unnamed` no name refers. names: id -> its tracks that are forgotten, None for
+    all. aside: copies set aside as damaged. kept: entry -> the id of a video that stays and has it too. media: digests
+    of which nothing is left then.
     """
-    videos = store.videos()
-    failed = [
-        n
-        for n, e in index(store).items()
-        if e.failed and store.record(n)["provenance"].get("sample") == video_id
-    ]
-    if video_id not in videos and (tracks or not failed):
-        raise unknown_video(store, video_id)
-    mine = videos.pop(video_id, {"tracks": {}})["tracks"]
-    unknown = sorted(set(tracks) - mine.keys())
-    if unknown:
-        raise VacliError(
-            f"{video_id} has no track {', '.join(unknown)}; its tracks: {', '.join(sorted(mine))}"
-        )
-    others = {_address(t) for facts in videos.values() for t in facts["tracks"].values()}
-    others |= {_address(t) for name, t in mine.items() if tracks and name not in tracks}
-    gone = {_address(t) for name, t in mine.items() if not tracks or name in tracks} - others
+
+    entries: dict[str, int]
+    unnamed: int
+    names: _Names
+    aside: list[Garbage]
+    kept: dict[str, str]
+    media: set[str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.entries.values()) + sum(item.nbytes for item in self.aside)
+
+
+def doomed(store: Store, videos: str | Sequence[str | Path], tracks: Sequence[str] = ()) -> Doomed:
+    """What goes with videos, given by id (text) or as the file itself (Path); changes nothing.
+
+    Of an id: its name, every track it has, and whatever was made of the same media or noted as made for this id,
+    linked or not (tombstones too, so that the next extraction tries again); but what another video has stays. With
+    `tracks` only those, as the id has them. Of a file: all that was made of its bytes, whoever has it, and the
+    ids that stand for it, as if they were given.
+
+    Crops and labels are media of their own that combine the video's digest with another one: they are known by the
+    names, and by the digests this machine remembers. Raises VacliError for what is unknown: an id, a track, a file of
+    which there is nothing, one that cannot be read.
+    """
+    videos = [videos] if isinstance(videos, str) else videos
+    ids = [v for v in videos if isinstance(v, str)]
+    known, there = store.videos(), index(store)
+    if tracks:
+        return _doomed_tracks(store, videos, list(tracks), known, there)
+    aside = [*_aside(store), *_orphans(store)]
+    digits = {n.partition("/")[2] for n in there} | {_end(item.name) for item in aside}
+    digits |= {m[:24] for facts in known.values() for m in _media(facts)}
+    media: set[str] = set()
+    for path in (v for v in videos if isinstance(v, Path)):
+        made = _combined(store, {store.fingerprints.file(path)}, digits)
+        if not any(m[:24] in digits for m in made):
+            raise VacliError(
+                f"{store} has nothing that was made of {path}: is it the very file, byte for byte? "
+                "`vacli store ls` lists the ids, which may be given as well"
+            )
+        media |= made
+    names = {v: some for v, f in known.items() if (some := _made_of(store, f, media)) != []}
+    names |= {v: None for v in ids if v in known}
+    whole = {v: known[v] for v, some in names.items() if some is None}
+    mine, staying = _parted(known, names)
+    noted = {
+        n: e for n, e in there.items() if e.sample and e.sample in ids and (e.failed or n not in staying)
+    }
+    if unknown := set(ids) - names.keys() - {e.sample for e in noted.values()}:
+        raise unknown_video(store, min(unknown))
+    seeds = {facts["media"] for facts in whole.values() if facts["media"]}
+    media |= _combined(store, seeds, digits).union(*map(_media, whole.values()))
+    media |= {e.media for e in noted.values() if not e.failed}
+    digits = {m[:24] for m in media}
+    found = {n for n in there if n in mine or n in noted or n.partition("/")[2] in digits}
+    kept = {n: staying[n] for n in found & staying.keys() - noted.keys()}
+    left = {n.partition("/")[2] for n in kept}
+    ends = digits - left | {folder_of(v) for v in (*ids, *whole)}
+    aside = [item for item in aside if _end(item.name) in ends]
+    entries = {n: there[n].nbytes for n in sorted(found - kept.keys())}
+    unnamed = len(entries.keys() - mine - staying.keys())
+    return Doomed(entries, unnamed, names, aside, kept, {m for m in media if m[:24] not in left})
+
+
+def _doomed_tracks(
+    store: Store,
+    videos: Sequence[str | Path],
+    tracks: list[str],
+    known: dict[str, dict[str, Any]],
+    there: dict[str, Entry],
+) -> Doomed:
+    """As `doomed`, of some tracks of videos given by their ids."""
+    names: _Names = {}
+    for video in videos:
+        if isinstance(video, Path):
+            raise VacliError(f"{video}: of a file everything goes; single tracks go by a video's id")
+        if video not in known:
+            raise unknown_video(store, video)
+        mine = known[video]["tracks"]
+        if unknown := sorted(set(tracks) - mine.keys()):
+            raise VacliError(
+                f"{video} has no track {', '.join(unknown)}; its tracks: {', '.join(sorted(mine))}"
+            )
+        names[video] = tracks
+    gone, staying = _parted(known, names)
+    kept = {n: staying[n] for n in gone & staying.keys()}
+    entries = {n: there[n].nbytes for n in sorted(gone & there.keys() - kept.keys())}
+    return Doomed(entries, 0, names, [], kept, set())
+
+
+def _combined(store: Store, media: set[str], digits: set[str]) -> set[str]:
+    """The media, and those of such digits that combine one of them with another file: crops it times, labels of it
+    (extract.plan)."""
+    beside = {v for v in store.fingerprints.memo.values() if SHA256.fullmatch(v)}
+    found, fresh = set(media), set(media)
+    while fresh:  # labels of crops are combined twice
+        fresh = {c for m in fresh for v in beside if (c := combine(v, m))[:24] in digits} - found
+        found |= fresh
+    return found
+
+
+def _made_of(store: Store, facts: dict[str, Any], media: set[str]) -> list[str] | None:
+    """Which tracks of a video are made of such media; None where the video itself is one.
+
+    It is if its pictures are, or what we made of it: the sound, of crops. An import is made of another file.
+    """
+    tracks = {name: t for name, t in facts["tracks"].items() if t["media"] in media}
+    ours = (t for t in tracks.values() if "imported" not in _recipe(store, t["folder"]))
+    return None if facts["media"] in media or any(ours) else sorted(tracks)
+
+
+def _parted(known: dict[str, dict[str, Any]], names: _Names) -> tuple[set[str], dict[str, str]]:
+    """The entries that the names refer to, and those that others do, with the id of one of these."""
+    mine, staying = set(), {}
+    for video_id, facts in known.items():
+        some = names.get(video_id, [])
+        for name, track in facts["tracks"].items():
+            if some is None or name in some:
+                mine.add(_address(track))
+            else:
+                staying[_address(track)] = video_id
+    return mine, staying
+
+
+def _end(name: str) -> str:
+    """The digits at the end of a name in .quarantine, without those that tell it from others; "" elsewhere."""
+    return name.split(".")[-2] if name.startswith(".quarantine/") else ""
+
+
+def remove(store: Store, videos: str | Sequence[str | Path], tracks: Sequence[str] = ()) -> list[str]:
+    """Take away what is `doomed` now; returns the names of the entries that went. Raises VacliError as that does.
+
+    Stopped half-way, or while an extraction of the same video goes on, some is left: do it again.
+    """
+    found = doomed(store, videos, tracks)
     # the names first: a name never points to what was removed on purpose
-    store.unlink(video_id, tracks or None)
-    gone |= set() if tracks else set(failed)
-    for name in sorted(gone):
+    for video_id, some in found.names.items():
+        store.unlink(video_id, some)
+    for name in found.entries:
         store.drop(name)
-    return sorted(gone)
+    for item in found.aside:
+        _clear(store, item)
+    memo = {key: media for key, media in store.fingerprints.memo.items() if media not in found.media}
+    if memo != store.fingerprints.memo:
+        store.fingerprints.memo = memo
+        with store.at.told("forget media digests"):
+            store.at.save_here("fingerprints/zarr.json", entry.group_json(memo))
+    index(store)  # it forgets them as well
+    return list(found.entries)
+
+
+def _media(facts: dict[str, Any]) -> set[str]:
+    """All that a video's tracks were made of."""
+    return {m for m in (facts["media"], *(t["media"] for t in facts["tracks"].values())) if m}
 
 
 def _address(track: dict[str, Any]) -> str:

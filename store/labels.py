@@ -26,10 +26,13 @@ def read_va(path: Path, times_s: np.ndarray) -> Track:
 
     The file's header names `valence` and `arousal`; line i after it belongs to frame i (Aff-Wild2). Where either
     value is -5, or the file ends before the frames do, the row is NaN; lines beyond the last frame are left out.
-    Raises VacliError for a missing header, text that is no number, or a label outside [-1, 1].
+    Raises VacliError for what is no file (a pipe would be waited for), a missing header, text that is no number, or a
+    label outside [-1, 1].
     """
     values = np.full((len(times_s), 2), np.nan, np.float32)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.reader(f)
             columns = _columns(path, next(reader, []))
@@ -37,7 +40,7 @@ def read_va(path: Path, times_s: np.ndarray) -> Track:
                 if i >= len(times_s):
                     break
                 values[i] = _row(path, i + 2, line, columns)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError, csv.Error) as e:  # ValueError: bytes that are no text, a path that is none
         raise VacliError(
             f"cannot read the annotations {path}: {e}; wanted text under a header with valence,arousal"
         ) from e

@@ -31,6 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 _ROW = re.compile(rb"([^,]+)/(\d{1,9})\.jpg")
 _LINE_BYTES = 2**16
 SHOWN = 20  # of each kind of finding
+FEW, FEW_SHARE = 10, 0.02  # frames, or share of a curve, by which sample and decoder may differ on one video
 _Rows = tuple[np.ndarray, np.ndarray]  # (N,) a hash of each row's location, (N,) the line it stands in
 
 
@@ -41,7 +42,8 @@ _Rows = tuple[np.ndarray, np.ndarray]  # (N,) a hash of each row's location, (N,
 class Written:
     """What a hand-in holds. held: video -> its frames beyond the end of the curve, which have its last row.
 
-    empty: video -> rows of its curve without a value, which have the nearest. clipped: values outside [-1, 1].
+    empty: video -> rows of its curve without a value, which have the nearest. clipped: values outside [-1, 1]. unlike:
+    video -> (its last frame in the sample, rows of its curve), where these are too far apart to be of one video.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Written:
     held: dict[str, int]
     empty: dict[str, int]
     clipped: int
+    unlike: dict[str, tuple[int, int]]
 
 
 def write_submission(folder: Path, sample: Path, out: Path, task: str = "va") -> Written:
@@ -82,6 +85,7 @@ def write_submission(folder: Path, sample: Path, out: Path, task: str = "va") ->
             "look at the videos, and predict them again with `vacli predict --video FILE`"
         )
     held: Counter[str] = Counter()
+    last: Counter[str] = Counter()
     rows = 0
     with whole_file(out) as f:
         f.write(HEADERS["va"] + "\n")
@@ -89,11 +93,14 @@ def write_submission(folder: Path, sample: Path, out: Path, task: str = "va") ->
             values = read[video][0]
             if frame > len(values):
                 held[video] += 1
+            last[video] = max(last[video], frame)
             valence, arousal = values[min(frame, len(values)) - 1].tolist()
             f.write(f"{location},{valence:.6f},{arousal:.6f}\n")
             rows += 1
     empty = {video: n for video, (_, n, _) in read.items() if n}
-    return Written(out, rows, len(read), dict(held), empty, sum(n for _, _, n in read.values()))
+    ends = {video: (last[video], len(values)) for video, (values, _, _) in read.items()}
+    unlike = {video: (a, b) for video, (a, b) in ends.items() if abs(a - b) > max(FEW, FEW_SHARE * b)}
+    return Written(out, rows, len(read), dict(held), empty, sum(n for _, _, n in read.values()), unlike)
 
 
 def _values(about: About) -> tuple[np.ndarray, int, int]:
@@ -206,7 +213,7 @@ def _side(video: str) -> tuple[str, str | None]:
 
 
 def _why(about: About | None) -> str:
-    return f" ({about.problem[:80]})" if about and about.problem else ""
+    return f" ({about.problem.partition(';')[0][:80]})" if about and about.problem else ""
 
 
 # ---- checking ------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def open_any(wanted: str | Path | None, runs: str | Path = "runs") -> Run | Fold
             return named
         if (path / "journal.log").exists():
             raise VacliError(f"{path} is a sweep: give one of its trials, as --run {path}/trial-000")
-    every = [f for f in (_read_folds(p.parent) for p in sorted(Path(runs).glob("*/folds.json"))) if f]
+    every = [f for f in map(_readable_folds, sorted(Path(runs).glob("*/folds.json"))) if f]
     whole = [f for f in every if f.finished and wanted in (None, f.about["preset"]["name"])]
     if not whole:
         return open_run(wanted, runs)
@@ -407,6 +407,14 @@ def _read_folds(path: Path) -> Folds | None:
         return None
     opened = {k: _finished_run(path / f"fold-{k}") for k in range(len(about["folds"]))}
     return Folds(path, about, {k: run for k, run in opened.items() if run is not None})
+
+
+def _readable_folds(record: Path) -> Folds | None:
+    """One of several: what cannot be read does not keep the others from being found."""
+    try:
+        return _read_folds(record.parent)
+    except VacliError:
+        return None
 
 
 def _finished_run(path: Path) -> Run | None:

@@ -19,7 +19,7 @@ from .. import VacliError
 from ..store import Track
 from .fitting import memory_told
 from .model import Network, encode_of
-from .preset import Preset, check_preset
+from .preset import Preset, check_preset, preset_names
 from .smoothing import TARGETS, Smoothing, check_smoothing, smoothed
 from .windows import Batch, Clip, Windows
 
@@ -112,10 +112,13 @@ def open_run(wanted: str | Path | None, runs: str | Path = "runs") -> Run:
     every = [r for r in map(_whole_run, Path(runs).glob("*/run.json")) if r]
     finished = [r for r in every if r.finished and wanted in (None, r.about["preset"]["name"])]
     if not finished:
-        known = ", ".join(sorted(r.path.name + ("" if r.finished else " (not finished)") for r in every))
+        there = {r.path.name: "" if r.finished else " (not finished)" for r in every}
+        there |= {p.parent.name: f" ({_folds_in(p)})" for p in Path(runs).glob("*/folds.json")}
+        known = ", ".join(f"{name}{state}" for name, state in sorted(there.items()))
         asked = "finished run" if wanted is None else f"run {wanted}"
+        head = wanted if wanted in preset_names() else "mamba"
         raise VacliError(
-            f"no {asked} in {runs} (there: {known or 'none'}): train one with `vacli train --head mamba`"
+            f"no {asked} in {runs} (there: {known or 'none'}): train one with `vacli train --head {head}`"
         )
     return max(finished, key=lambda r: r.about["finished_at"])
 
@@ -126,6 +129,14 @@ def _whole_run(record: Path) -> Run | None:
         return _read_run(record.parent)
     except VacliError:
         return None
+
+
+def _folds_in(record: Path) -> str:
+    """What a folds.json is of, in words; folds.py opens them."""
+    try:
+        return "folds" if "figures" in json.loads(record.read_text()) else "folds, not finished"
+    except (OSError, ValueError, TypeError):
+        return "folds that cannot be read"
 
 
 def _read_run(path: Path) -> Run | None:

@@ -47,7 +47,11 @@ class Vgg(_Strict):
 
 
 class Encode(_Strict):
-    """What is done to one stream alone. standardise: by mean and deviation of the training rows (never before vgg)."""
+    """What is done to one stream alone, before the fusion.
+
+    standardise: by mean and deviation of the training rows (never before vgg). vgg: a network that reads the log-mel
+    anew, before the blocks. blocks: one after the other, each its name with its options: `{ linear = { dim = 256 } }`.
+    """
 
     standardise: bool = True
     vgg: Vgg | None = None
@@ -62,8 +66,9 @@ class Encode(_Strict):
 class CrossAttn(_Strict):
     """fuse = "cross_attn": rows of the first stream ask every other stream (USTC, section 3.3).
 
-    gate: what was asked for and what was found are mixed by a learnt share, instead of standing side by side. near:
-    rows near in time count more (the paper has no such thing, and no way to tell which sound is of a face's own time).
+    heads: of the attention, side by side. dropout: of its weights. gate: what was asked for and what was found are
+    mixed by a learnt share, instead of standing side by side. near: rows near in time count more (the paper has no such
+    thing, and no way to tell which sound is of a face's own time).
     """
 
     heads: int = Field(4, ge=1)
@@ -150,9 +155,14 @@ class TrainSpec(_Strict):
 class Preset(_Strict):
     """One system, whole.
 
-    encode: by stream name; "first" for the first stream, "*" for every other one. causal: whether a row may see no
-    later one, for every block that can do either and does not say itself; what a stream asks another (cross_attn) is
-    always answered by the whole window.
+    name: what its runs are called. source: where it comes from, in words. streams: the tracks of the store that it
+    reads; `mae@<digits>` names one of several recipes of a track. encode: by stream name; "first" for the first stream,
+    "*" for every other one. fuse: how the encoded streams become one row: "sum" (all of one width), "concat" (one
+    behind the other) or "cross_attn" (the first asks each other one; it and what it found stand one behind the other).
+    cross_attn: how it asks, see there. decode: the blocks that read the fused rows, one after the other. tasks: the
+    head that reads what `decode` gives; there is one, "va", of two values. windows, train: see there.
+    causal: whether a row may see no later one, for every block that can do either and does not say itself; what a
+    stream asks another (cross_attn) is always answered by the whole window.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")

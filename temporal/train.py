@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _UNREADABLE = "is damaged or cannot be read; remove it to train from the start"
 _UNSURE = (
-    ", where two runs of one seed may differ in the last digits (attention's backward pass, sums over packed videos, "
-    "mamba-ssm's scan); on a CPU they are the same"
+    ", where two runs of one seed may differ in the last digits (attention's backward pass, sums over packed videos); "
+    "on a CPU they are the same"
 )
 
 

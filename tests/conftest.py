@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
@@ -65,6 +67,24 @@ def at(lab, tmp_path, monkeypatch) -> Path:
     (tmp_path / "lab" / "vit.safetensors").symlink_to(lab / "vit.safetensors")
     monkeypatch.chdir(tmp_path / "lab")
     return tmp_path / "lab"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen. Not for the whole session: while playwright runs, no event loop of others can."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if os.environ.get("VACLI_REQUIRE_BROWSER") != "1":
+        pytest.importorskip("playwright", reason="no playwright here (VACLI_REQUIRE_BROWSER=1 needs it)")
+        if path is None:
+            pytest.skip("no chromium here (VACLI_REQUIRE_BROWSER=1 makes this a failure)")
+    from playwright.sync_api import sync_playwright
+
+    assert path, f"VACLI_REQUIRE_BROWSER=1, and none of {', '.join(names)} is installed"
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture

@@ -2,176 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from vacli.report.pages import write_pages
-from vacli.store.curves import About, Curve, remember, write_csv
 from vacli.store.labels import ccc_of_tracks
-from vacli.store.names import plain_id
-from vacli.store.track import Track
 
-from .media_files import write_video
+from .opened_pages import HOSTILE, RATE_HZ, ROWS, SPIKE_ROW, Opened, a_curve, write_folder, write_labels
 
-RATE_HZ = 25
-ROWS = 150  # 6 s
-HOUR_ROWS = 108_000
-SPIKE_ROW = 60_001
-HOSTILE = {
-    "script": "<script>alert(1)</script>.mp4",
-    "quotes": "a\"b'c&d.mp4",
-    "emoji": "\U0001f600 \U0001f3ac.mp4",
-    "long": "v" * 196 + ".mp4",
-    "percent": "100%#?.mp4",
-}
 PAGES = ("index", "plain", "labelled", "two", "vfr", "lost", "unplayable", *HOSTILE)
-
-
-def _chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if _chromium() is None and os.environ.get("VACLI_REQUIRE_BROWSER") != "1":
-        pytest.skip("no chromium here (VACLI_REQUIRE_BROWSER=1 makes this a failure)")
-    from playwright.sync_api import sync_playwright
-
-    assert _chromium(), "VACLI_REQUIRE_BROWSER=1, and neither chromium nor google-chrome is installed"
-    with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=_chromium(), args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-def _shades(count: int) -> list[np.ndarray]:
-    """Frame i is 40 + i all over: the screen says which frame it shows."""
-    return [np.full((96, 160, 3), 40 + i, np.uint8) for i in range(count)]
-
-
-def _curve(rows: int = ROWS, rate_hz: float = RATE_HZ, phase: float = 0.0, spread: bool = False) -> Curve:
-    times_s = np.arange(rows) / rate_hz
-    values = 0.6 * np.stack([np.sin(times_s + phase), np.cos(0.7 * times_s + phase)], 1).astype(np.float32)
-    face = np.ones(rows, bool)
-    face[rows // 2 : rows * 2 // 3] = False  # of 6 s: from 3 to 4
-    return Curve(Track(values, times_s), face, "main", np.full((rows, 2), 0.15) if spread else None)
-
-
-def _put(folder: Path, own_id: str, curve: Curve, name: str | None = None, **facts) -> Path:
-    csv = folder / f"{plain_id(own_id)}.csv"
-    write_csv(csv, curve)
-    about = About(own_id, facts.pop("video_id", own_id), name or f"{own_id}.mp4", csv=csv, **facts)
-    remember(folder, about)
-    return csv
-
-
-def _labels(path: Path, curve: Curve) -> np.ndarray:
-    rated = np.round(np.clip(0.5 * curve.track.values + 0.2, -1, 1), 3)
-    rated[20:30] = -5
-    path.write_text("valence,arousal\n" + "".join(f"{v:.3f},{a:.3f}\n" for v, a in rated))
-    return np.where(rated == -5, np.nan, rated).astype(np.float32)
-
-
-def _hour() -> Curve:
-    curve = _curve(HOUR_ROWS, 30.0, spread=True)
-    curve.track.values[SPIKE_ROW] = 1.0  # one frame of an hour
-    return curve
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pages")
-    out, videos = root / "predictions", root / "videos"
-    videos.mkdir()
-    often = {"g": "12", "preset": "ultrafast", "crf": "12"}
-    plain = write_video(videos / "plain.mp4", _shades(ROWS), options=often)
-    _put(out, "plain", _curve(), video=plain)
-    _labels(root / "labels.txt", _curve())
-    _put(out, "labelled", _curve(spread=True), video=plain, labels=root / "labels.txt")
-    for i, person in enumerate(("left", "right")):
-        _put(out, f"two_{person}", _curve(phase=i), "two.mp4", video_id="two", person=person, video=plain)
-    times_s = np.round(np.cumsum(np.tile([0.02, 0.06, 0.1], 30)), 3) - 0.02
-    vfr = write_video(videos / "vfr.mp4", _shades(90), times_s.tolist(), options=often)
-    _put(out, "vfr", Curve(Track(_curve(90).track.values, times_s), np.ones(90, bool)), video=vfr)
-    _put(out, "lost", _curve(), video=videos / "gone.mp4")
-    (videos / "unplayable.mp4").write_bytes(b"this is no video" * 100)
-    _put(out, "unplayable", _curve(), video=videos / "unplayable.mp4")
-    remember(out, About("failed", "failed", "failed.mp4", problem="moov atom not found"))
-    for own_id, name in HOSTILE.items():
-        video = videos / name
-        video.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(plain, video)
-        _put(out, own_id, _curve(), name, video=video)
-    _put(out, "hour", _hour())
-    write_pages(out)
-    return out
-
-
-class Opened:
-    """A page that a test works with, and all it said and asked for."""
-
-    def __init__(self, browser, path: Path, **looks) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **looks})
-        self.context.set_default_timeout(8000)
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda line: self.said.append(line.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.refused: dict[str, str | None] = {}
-        self.page.on("requestfailed", lambda request: self.refused.update({request.url: request.failure}))
-        self.page.goto(path.as_uri())
-
-    def js(self, code: str):
-        return self.page.evaluate(code)
-
-    def until(self, code: str) -> None:
-        """Wait until it is so; playwright's own way needs `eval`, which the pages forbid."""
-        for _ in range(400):
-            if self.js(f"Boolean({code})"):
-                return
-            self.page.wait_for_timeout(20)
-        raise AssertionError(f"never so: {code}; said: {self.said}")
-
-    def video_is_ready(self) -> None:
-        self.until("document.getElementById('video').readyState >= 2")
-
-    def x_of(self, time_s: float) -> float:
-        return self.js(f"vacli.page.curves.panels[0].plot.valToPos({time_s}, 'x')")
-
-    def at(self, axis: str, time_s: float, **how) -> None:
-        self.page.locator(f"#{axis} .u-over").click(position={"x": self.x_of(time_s), "y": 60}, **how)
-
-    def shade(self) -> float:
-        """What the picture on the screen has in its middle, away from the player's own controls."""
-        self.until("!document.getElementById('video').seeking")
-        self.page.mouse.move(0, 0)
-        self.js("new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)))")
-        shot = self.page.locator("#video").screenshot()
-        image = cv2.imdecode(np.frombuffer(shot, np.uint8), cv2.IMREAD_GRAYSCALE)
-        return float(image[8 : len(image) // 5, 8:-8].mean())
+    return write_folder(tmp_path_factory.mktemp("pages"))
 
 
 @pytest.fixture
 def opened(browser, folder):
-    @contextmanager
-    def open_page(name: str, **looks) -> Iterator[Opened]:
-        found = Opened(browser, folder / f"{name}.html", **looks)
-        try:
-            yield found
-        finally:
-            found.context.close()
-
-    return open_page
+    return lambda name, **looks: Opened(browser, folder / f"{name}.html", **looks)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -307,6 +156,17 @@ def test_keys_do_what_the_mouse_does(opened):
         assert not it.js("vacli.page.curves.is_zoomed()")
 
 
+def test_a_jump_that_waits_for_another_does_not_fall_back_when_that_one_ends(opened):
+    with opened("plain") as it:
+        it.video_is_ready()
+        now_s = it.js("""(() => { const video = document.getElementById('video');
+            const jumps = (on) => Object.defineProperty(video, 'seeking', { configurable: true, get: () => on });
+            jumps(true); vacli.page.seek(3); jumps(false);
+            video.dispatchEvent(new Event('timeupdate')); // comes before `seeked`
+            return vacli.page.now_s; })()""")
+        assert now_s == 3
+
+
 def test_the_slider_is_one_for_the_keyboard_too(opened):
     with opened("plain") as it:
         it.video_is_ready()
@@ -317,7 +177,7 @@ def test_the_slider_is_one_for_the_keyboard_too(opened):
         slider.fill("2.5")
         it.until("Math.abs(document.getElementById('video').currentTime - 2.5) < 0.1")
         said = slider.get_attribute("aria-valuetext")
-        valence, arousal = (f"{v:.2f}".replace("-", "\u2212") for v in _curve().track.values[62])
+        valence, arousal = (f"{v:.2f}".replace("-", "\u2212") for v in a_curve().track.values[62])
         assert said == f"0:02.50, valence {valence}, arousal {arousal}"
         assert it.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         it.page.keyboard.press("Space")
@@ -385,7 +245,7 @@ def test_a_zoomed_view_follows_the_video(opened):
 
 def test_hovering_tells_the_exact_values(opened):
     with opened("labelled") as it:
-        curve = _curve()
+        curve = a_curve()
         it.page.locator("#valence .u-over").hover(position={"x": it.x_of(2.0), "y": 60})
         said = it.page.locator("#tip").text_content()
         valence, arousal = (f"{v:.3f}".replace("-", "\u2212") for v in curve.track.values[50])
@@ -397,8 +257,8 @@ def test_hovering_tells_the_exact_values(opened):
 
 
 def test_labels_and_ccc_stand_beside_the_estimates(opened, tmp_path):
-    curve = _curve()
-    rated = _labels(tmp_path / "labels.txt", curve)
+    curve = a_curve()
+    rated = write_labels(tmp_path / "labels.txt", curve)
     valence, arousal = ccc_of_tracks([(curve.track.values, rated)])
     with opened("labelled") as it:
         assert it.page.locator("#valence .ccc").text_content() == f"CCC {valence:.3f}"
@@ -418,7 +278,7 @@ def test_labels_and_ccc_stand_beside_the_estimates(opened, tmp_path):
 def test_the_dot_is_where_the_values_are(opened):
     with opened("plain") as it:
         it.js("vacli.page.seek(2.001)")
-        valence, arousal = _curve().track.values[50]
+        valence, arousal = a_curve().track.values[50]
         assert it.page.locator("#dot").get_attribute("transform") == (
             f"translate({100 * valence:.1f},{-100 * arousal:.1f})"
         )
@@ -427,7 +287,7 @@ def test_the_dot_is_where_the_values_are(opened):
         )
         points = [tuple(map(float, p.split(","))) for p in tail.split()]
         assert points[-1] == pytest.approx((100 * valence, -100 * arousal), abs=0.06)
-        first_v, first_a = _curve().track.values[0]  # three seconds before is the beginning
+        first_v, first_a = a_curve().track.values[0]  # three seconds before is the beginning
         assert points[0] == pytest.approx((100 * first_v, -100 * first_a), abs=0.06)
 
 
@@ -435,9 +295,9 @@ def test_two_people_take_turns_on_one_page(opened):
     with opened("two") as it:
         it.js("vacli.page.seek(2.001)")
         value = lambda: it.page.locator("#valence .value").text_content()  # noqa: E731
-        assert value() == f"{_curve(phase=0).track.values[50, 0]:.3f}"
+        assert value() == f"{a_curve(phase=0).track.values[50, 0]:.3f}"
         it.page.get_by_role("radio", name="right").check(force=True)
-        assert value() == f"{_curve(phase=1).track.values[50, 0]:.3f}".replace("-", "\u2212")
+        assert value() == f"{a_curve(phase=1).track.values[50, 0]:.3f}".replace("-", "\u2212")
         assert it.js("vacli.page.row") == 50  # the time is the same
         assert it.page.locator("[data-person='1']").is_visible()
         assert it.page.locator("[data-person='0']").is_hidden()
@@ -532,11 +392,11 @@ def test_the_index_is_sorted_by_the_keyboard_and_says_how(opened):
         before = names()
         head.locator("button").focus()
         it.page.keyboard.press("Enter")
-        assert head.get_attribute("aria-sort") == "ascending"
-        assert it.js(keys) == sorted(it.js(keys))
-        it.page.keyboard.press("Enter")
         assert head.get_attribute("aria-sort") == "descending"
         assert it.js(keys) == sorted(it.js(keys), reverse=True)
+        it.page.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") == "ascending"
+        assert it.js(keys) == sorted(it.js(keys))
         it.page.get_by_role("button", name="Video", exact=True).click()
         assert names() == before
         assert it.page.locator("th[aria-sort]").count() == 1
@@ -581,6 +441,7 @@ def test_an_hour_is_drawn_of_few_points_and_told_exactly(opened):
         assert (
             it.js("vacli.page.curves.panels[0].plot.data[0].length") < 40
         )  # near enough every frame is drawn
-        drawn = it.js("""(() => { const c = vacli.page.curves, found = [];
-            for (let i = 0; i < 15; i++) { c.show(i, 3600); found.push(c.drawn_ms); } return found; })()""")
-        assert np.median(drawn) < 50  # 6 ms on an idle machine; a frame of the screen is 16
+        drawn = it.js("""[0.5, 60, 900, 2500].map((span_s) => { const c = vacli.page.curves;
+            c.show(1000, 1000 + span_s); return c.panels[0].plot.data[0].length; })""")
+        assert drawn[0] < drawn[1]
+        assert max(drawn) <= 2 * width + 4  # whatever is in view: what a redraw costs goes with this

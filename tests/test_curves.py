@@ -69,6 +69,9 @@ def test_the_spread_of_an_ensemble_and_the_person_stand_in_the_last_columns(tmp_
         {"face": np.ones(2, bool)},
         {"spread": np.zeros((1, 2))},
         {"spread": np.zeros(3)},
+        {"spread": np.full((3, 2), -0.1)},
+        {"spread": np.full((3, 2), np.inf)},
+        {"spread": np.full((3, 2), 1e39)},
         {"person": "left,0.5"},
         {"person": 'the "main" one'},
         {"person": "main\n4,0.1"},
@@ -180,6 +183,10 @@ _LINE = "1,0.0,0.5,-0.5,1,main,,\n"
         (_LINE + "2,0.1\n", "cannot read"),
         (_LINE + "2,0.1,0.5,0.5,1,left,,\n", "several people"),
         (_LINE + "2,0.0,0.5,0.5,1,main,,\n", "increasing"),
+        (_LINE + "2,1.1e9,0.5,0.5,1,main,,\n", "times beyond"),
+        ("1,-1e308,0.5,0.5,1,main,,\n", "times beyond"),
+        ("1,0.0,0.5,0.5,1,main,-1,0\n", "negative or infinite"),
+        ("1,0.0,0.5,0.5,1,main,0,1e39\n", "negative or infinite"),
         (_LINE + "2,nan,0.5,0.5,1,main,,\n", "finite"),
         (_LINE + "2,0.1,1e300,0.5,1,main,,\n", "infinity"),
         (_LINE + "2,0.1,nan,0.5,1,main,,\n", "partly NaN"),
@@ -324,6 +331,14 @@ RIGHT = {"format": 1, **asdict(About("clip", "clip", "clip.mp4")), "csv": "clip.
         {"csv": 5},
         {"csv": ""},
         {"csv": "a\0b"},
+        {"csv": "\ud800.csv"},
+        {"name": "\ud800"},
+        {"name": "n" * 5000},
+        {"person": "p" * 5000},
+        {"labels": "\ud800.txt"},
+        {"id": "way_out/clip"},
+        {"video_id": "way_out/clip"},
+        {"id": "round/clip"},
         {"video": 5},
         {"video": "a\0b.mp4"},
         {"labels": ["x"]},
@@ -338,6 +353,8 @@ def test_a_record_that_none_of_us_wrote_is_left_out(tmp_path, change):
     folder = tmp_path / "predictions"
     write_csv(folder / "clip.csv", curve(2))
     write_csv(tmp_path / "outside.csv", curve(2))
+    (folder / "way_out").symlink_to(tmp_path)
+    (folder / "round").symlink_to(folder / "round")
     put(folder, RIGHT)
     assert recall(folder)[0].name == "clip.mp4"
     changed = {k: str(tmp_path / "outside.csv") if v == "ABSOLUTE" else v for k, v in change.items()}
@@ -355,6 +372,20 @@ def test_a_record_that_is_no_record_is_left_out(tmp_path, text):
     remember(tmp_path, about(tmp_path))
     put(tmp_path, text, "odd")
     assert [a.name for a in recall(tmp_path)] == ["clip.mp4"]
+
+
+def test_records_that_a_link_leads_out_of_the_folder_are_neither_read_nor_written(tmp_path):
+    folder, home = tmp_path / "predictions", tmp_path / "home"
+    made = about(folder)
+    home.mkdir()
+    remember(folder, replace(made, name="of another folder"))
+    (folder / RECORDS).rename(home / RECORDS)
+    (folder / RECORDS).symlink_to(home / RECORDS)
+    before = {path: path.read_bytes() for path in (home / RECORDS).iterdir()}
+    assert [a.name for a in recall(folder)] == ["clip"]
+    with pytest.raises(VacliError, match=r"\.vacli is a link that leads out of .*--out"):
+        remember(folder, made)
+    assert {path: path.read_bytes() for path in (home / RECORDS).iterdir()} == before
 
 
 def test_a_record_under_another_ones_name_does_not_take_its_place(tmp_path):
@@ -379,7 +410,7 @@ def test_pipes_and_folders_called_like_curves_and_records_are_not_waited_for(tmp
     st.dictionaries(
         st.sampled_from(sorted(RIGHT)),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.floats(),
+            st.none() | st.booleans() | st.integers() | st.text(st.characters(), max_size=8) | st.floats(),
             lambda more: st.lists(more, max_size=2) | st.dictionaries(st.text(max_size=3), more, max_size=2),
             max_leaves=4,
         ),
@@ -394,4 +425,4 @@ def test_whatever_stands_in_a_record_the_curves_are_recalled(tmp_path_factory, c
         assert isinstance(found.name, str)
         assert isinstance(found.problem, str | None)
         for path in (found.video, found.labels):
-            assert path is None or not path.is_dir() or path.exists()
+            assert path is None or b"\0" not in os.fsencode(path)  # a path that can be asked for

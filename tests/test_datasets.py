@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from vacli import VacliError
-from vacli.extract.datasets import CROPS_RATE_HZ, Sample, find
+from vacli.extract.datasets import CROPS_RATE_HZ, Sample, find, find_all
 from vacli.store import Fingerprints, combine
 from vacli.store.labels import read_va
 
@@ -373,3 +373,35 @@ def test_a_cut_video_says_so_while_it_times_the_crops(tmp_path):
     times_s, damage = Sample("a", tmp_path, video, put_crops(tmp_path / "a", [1])).frame_clock()
     assert 0 < len(times_s) < 60
     assert "cut off after" in (damage or "")
+
+
+def test_of_several_folders_every_file_comes_once_under_an_id_of_its_own(tmp_path):
+    for name in ("X/a/clip.mp4", "X/b/clip.mp4", "Y/a/clip.mp4", "Y/clip.mp4", "Y/clip.mov"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    x, y = tmp_path / "X", tmp_path / "Y"
+    found = find_all([x / "a" / "clip.mp4", x / "b" / "clip.mp4", y, x, y / "clip.mp4", y / "clip.mov"])
+    assert len(found) == 5
+    assert len({s.id for s in found}) == 5
+    assert len({s.source.resolve() for s in found}) == 5
+    alone = find_all([x])
+    assert [s.id for s in alone] == [s.id for s in find(x)]
+
+
+def test_two_roots_of_aff_wild2_stay_two(tmp_path):
+    for root in ("R1", "R2"):
+        folder = tmp_path / root / "annotations" / "Train_Set"
+        folder.mkdir(parents=True)
+        for name in ("12", "12_right"):
+            (folder / f"{name}.txt").write_text("valence,arousal\n0,0\n")
+        (tmp_path / root / "batch1").mkdir()
+        (tmp_path / root / "batch1" / "12.mp4").write_bytes(root.encode())
+    found = find_all([tmp_path / "R1", tmp_path / "R2"])
+    assert [s.id for s in found] == ["R1/12", "R1/12_right", "R2/12", "R2/12_right"]
+    assert [s.video_id for s in found][:2] == ["R1/12", "R1/12"]
+
+
+def test_prose_is_no_list_of_videos(tmp_path):
+    (tmp_path / "notes.txt").write_text("We met on Monday. " * 100 + "\nThen\u2028we talked.\n\0\n")
+    with pytest.raises(VacliError, match=r"names no file or folder that is there; wanted a path a line"):
+        find_all([tmp_path / "notes.txt"])

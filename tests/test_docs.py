@@ -35,6 +35,10 @@ def test_every_command_is_in_the_readme_and_has_help(name):
     assert commands(main)[name].help
 
 
+def test_the_readme_is_one_screen():
+    assert len(README.splitlines()) <= 55
+
+
 def test_every_option_the_readme_names_exists():
     known = {o for c in commands(main).values() for p in c.params for o in p.opts} | {"--help"}
     for word in re.findall(r"(?<![\w-])--[a-z][a-z-]*", README):

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from vacli import doctor
@@ -52,6 +53,23 @@ def tree(*words: str) -> dict:
     return json.loads(call("--json", *words).stdout)
 
 
+def problems(*words: str) -> list[tuple[str, str]]:
+    return [(kind, text) for kind, told in tree(*words)["problems"].items() for text in told]
+
+
+def write_run(folder: Path, finished_at: str, **encoders: dict | None) -> Path:
+    """A trained run, as far as its run.json goes."""
+    streams = {name: {"track": name, "encoder": made_by} for name, made_by in encoders.items()}
+    about = {"preset": {"name": "mamba"}, "streams": streams, "figures": {}, "finished_at": finished_at}
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+def made_by(kind: str, **options: str) -> dict:
+    return {"kind": kind, "options": options}
+
+
 def test_without_weights_it_says_which_where_and_how_to_get_them():
     result = call()
     assert result.exit_code == 1
@@ -59,16 +77,17 @@ def test_without_weights_it_says_which_where_and_how_to_get_them():
     for word in ("mae", "timm/vit_large_patch16_224.mae", "weights/", "-o mae.weights=FILE"):
         assert word in told
     assert "CC-BY-NC 4.0" in result.stdout
-    assert tree()["problems"] == [told.strip()]
+    assert problems() == [("missing", told.strip())]
+    assert result.stdout.startswith("1 thing is missing: see the end\n")
 
 
 def test_with_weights_nothing_is_missing(weighty):
     result = call()
     assert result.exit_code == 0, result.stdout
-    assert result.stdout.rstrip().endswith("nothing is missing")
+    assert result.stdout.startswith("all well\n")
     assert str(weighty) in result.stdout
     found = tree()
-    assert found["problems"] == []
+    assert not any(found["problems"].values())
     assert {e["name"] for e in found["weights"]["encoders"]} == set(ENCODERS)
     assert found["codecs"]["found"]["h264"]["here"]
     assert found["faces"]["mtcnn"]["weights_sha256"]
@@ -77,15 +96,15 @@ def test_with_weights_nothing_is_missing(weighty):
 
 def test_what_is_asked_for_is_what_must_be_there(weighty):
     assert call("--encoder", "logmel").exit_code == 0
-    for name, word in (
-        ("vggish", "torchvggish/releases"),
-        ("x=iresnet", "-o x.weights=FILE"),
-        ("mea", "unknown encoder 'mea'"),
-        ("hf-audio:microsoft/wavlm-large", "hf download microsoft/wavlm-large"),
-        ("timm:vit_tiny_patch16_224", "hf download timm/vit_tiny_patch16_224"),
+    for name, kind, word in (
+        ("vggish", "missing", "torchvggish/releases"),
+        ("x=iresnet", "missing", "-o x.weights=FILE"),
+        ("mea", "wrong", "unknown encoder 'mea'"),
+        ("hf-audio:microsoft/wavlm-large", "missing", "hf download microsoft/wavlm-large"),
+        ("timm:vit_tiny_patch16_224", "missing", "hf download timm/vit_tiny_patch16_224"),
     ):
-        found = tree("--encoder", "mae", "--encoder", name)
-        [problem] = found["problems"]
+        [(told_as, problem)] = problems("--encoder", "mae", "--encoder", name)
+        assert told_as == kind
         assert problem.startswith(f"{name}: ")
         assert word in problem
 
@@ -93,18 +112,63 @@ def test_what_is_asked_for_is_what_must_be_there(weighty):
 def test_weights_are_found_wherever_they_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("VACLI_WEIGHTS", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "mae_pretrain_vit_large.pth").write_bytes(b"")
+    torch.save({}, tmp_path / "elsewhere" / "mae_pretrain_vit_large.pth")
     save_file({}, tmp_path / "elsewhere" / "mine.safetensors", {"vacli": '{"note": "tuned on puppets"}'})
     (tmp_path / "elsewhere" / "torn.safetensors").write_bytes(b"no")
     result = call()
     assert result.exit_code == 0, result.stdout
     assert "tuned on puppets" in result.stdout
-    assert "cannot read weights" in result.stdout
+    assert "torn.safetensors, 2 B: cannot be read as weights" in result.stdout
+
+
+class Runs:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+@pytest.mark.parametrize("made", ["noise", "empty", "cut", "code", "whole", "old torch"])
+def test_a_file_that_is_no_weights_is_not_taken_for_some(tmp_path, monkeypatch, capfd, made):
+    monkeypatch.setenv("VACLI_WEIGHTS", str(tmp_path))
+    file = tmp_path / "vggish.pth"
+    torch.save(
+        {"a": Runs() if made == "code" else torch.zeros(3)},
+        file,
+        _use_new_zipfile_serialization=made != "old torch",
+    )
+    whole = file.read_bytes()
+    file.write_bytes({"noise": b"\x07noise" * 170, "empty": b"", "cut": whole[:-30]}.get(made, whole))
+    result = call("-q", "--encoder", "vggish")
+    assert "code was run" not in capfd.readouterr().out
+    if made in ("whole", "old torch"):
+        assert (result.exit_code, result.stdout) == (0, "")
+    else:
+        assert result.exit_code == 1
+        assert result.stdout.startswith(f"cannot be read (1):\n  vggish: {file} cannot be read as weights")
+        assert f"there is {file}, " in call().stdout
+
+
+def test_a_folder_of_weights_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("VACLI_WEIGHTS", "/nonexist")
+    assert "/nonexist (no such folder)" in call().stdout
+    assert "($VACLI_WEIGHTS, /nonexist, is no folder)" in call("-q").stdout
+    monkeypatch.setenv("VACLI_WEIGHTS", str(tmp_path))
+    assert f"{tmp_path} (no such" not in call().stdout
+    assert "is no folder" not in call().stdout
+
+
+def test_quiet_says_only_what_is_wrong(videos, weighty):
+    assert call("-q", "--encoder", "mae").stdout == ""
+    lines = call("-q", "--video", "videos", "--encoder", "vggish").stdout.splitlines()
+    assert [lines[i] for i in (0, 2)] == ["missing (1):", "cannot be read (1):"]
+    assert [lines[i].partition(": ")[0] for i in (1, 3)] == ["  vggish", "  videos/c.mp4"]
+    assert len(lines) == 4
 
 
 def test_a_network_is_enough_where_the_hub_has_them(monkeypatch):
     monkeypatch.setattr(checkup, "hub_answers", lambda wait_s: True)
-    assert tree()["problems"] == []
+    assert problems() == []
     checkup._hub_answers.cache_clear()
 
 
@@ -119,6 +183,62 @@ def test_a_silent_name_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("socket.create_connection", ask)
     assert not checkup.hub_answers(wait_s=0.1)
     waiting.set()
+
+
+# ---- what the newest run needs -------------------------------------------------------------------------------
+
+
+def test_the_newest_run_is_judged_by_its_own_weights(tmp_path):
+    own = tmp_path / "tuned.safetensors"
+    save_file({}, own)
+    write_run(tmp_path / "runs" / "old", "2026-01-01", mae=made_by("mae", weights="/nowhere.pth"))
+    write_run(
+        tmp_path / "runs" / "new",
+        "2026-01-02",
+        mae=made_by("mae", weights=str(own)),
+        logmel=made_by("logmel"),
+    )
+    result = call()
+    assert result.exit_code == 0, result.stdout
+    assert result.stdout.startswith("all well, but extract not ready")
+    assert "predict     with runs/new, which reads mae, logmel: all is there" in result.stdout
+    assert "extract     with mae, logmel: not ready\n            mae: no weights" in result.stdout
+    assert call("--encoder", "mae").exit_code == 1  # asked for by name
+    own.write_bytes(b"torn")
+    [(kind, told)] = problems()
+    assert (kind, told.startswith(f"mae: {own} cannot be read as weights")) == ("unreadable", True)
+    own.unlink()
+    result = call()
+    assert result.exit_code == 1
+    assert f"missing (1):\n  mae: no weights at {own}" in result.stdout
+    assert "-o mae.weights=FILE" in result.stdout
+    assert call("--encoder", "logmel").exit_code == 0
+
+
+def test_whatever_else_a_run_reads_is_judged_as_extract_would(tmp_path, weighty):
+    write_run(
+        tmp_path / "runs" / "r", "2026-01-01",
+        sound=made_by("vggish"), mine=made_by("not.installed:Encoder"), others=None, odd={"kind": "mae"},
+    )  # fmt: skip
+    found = tree()
+    needs = found["needs"]["predict"]
+    assert needs["sound"]["kind"] == "missing"
+    assert "-o sound.weights=FILE" in needs["sound"]["text"]
+    assert needs["mine"] is None  # nothing that a stranger's run names is imported
+    assert needs["others"]["kind"] == "imported"
+    assert needs["odd"]["kind"] == "wrong"
+    assert [text.partition(":")[0] for told in found["problems"].values() for text in told] == [
+        "sound",
+        "odd",
+    ]
+
+
+def test_a_run_that_cannot_be_opened_is_said(tmp_path, weighty):
+    write_run(tmp_path / "runs" / "r", "2026-01-01")
+    (tmp_path / "runs" / "r" / "run.json").write_text('{"figures": {}, "finished_at": "2026"}')
+    [(kind, told)] = problems()
+    assert kind == "wrong"
+    assert told.startswith("runs: no finished run in runs")
 
 
 # ---- videos and the disk -------------------------------------------------------------------------------------
@@ -137,7 +257,9 @@ def videos(tmp_path) -> Path:
 def test_videos_are_counted_and_broken_ones_named(weighty, videos):
     result = call("--video", "videos")
     assert result.exit_code == 1
-    assert "videos/c.mp4: cannot be read as a video" in result.stdout
+    assert result.stdout.startswith("1 cannot be read: see the end\n")
+    assert "cannot be read (1):\n  videos/c.mp4: cannot be read as a video" in result.stdout
+    assert "missing (" not in result.stdout
     found = tree("--video", "videos")["videos"]
     assert (found["videos"], found["frames"]) == (3, 75)
     assert found["hours"] == pytest.approx(3 / 3600, rel=0.05)
@@ -151,7 +273,7 @@ def test_the_estimate_is_what_an_extraction_then_takes(videos, tmp_path):
     (videos / "c.mp4").unlink()
     words = ["--encoder", "tests.test_doctor:Bright", "--encoder", "logmel"]
     found = tree("--video", "videos", *words)
-    assert found["problems"] == []
+    assert not any(found["problems"].values())
     assert CliRunner().invoke(main, ["extract", "videos", *words]).exit_code == 1  # b is silent
     taken = {"people and faces": 0}
     for name, track in ((n, t) for v in listing(Store("features.zarr")) for n, t in v["tracks"].items()):
@@ -182,7 +304,8 @@ def test_a_disk_that_is_too_small_is_a_problem(weighty, videos, monkeypatch):
     assert call("--video", "videos").exit_code == 0
     usage = type("Usage", (), {"free": 1000, "total": 2000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    [problem] = tree("--video", "videos")["problems"]
+    [(kind, problem)] = problems("--video", "videos")
+    assert kind == "wrong"
     assert "--store" in problem
 
 
@@ -229,7 +352,7 @@ def test_strange_files_where_ours_are_looked_for(weighty, tmp_path, made):
         (tmp_path / "runs" / "a" / "run.json").write_text("[]")
     found = tree()
     assert found["runs"]["finished"] == 0
-    assert bool(found["problems"]) == (made != "runs")
+    assert any(found["problems"].values()) == (made != "runs")
 
 
 def test_a_store_elsewhere_is_not_asked(weighty):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
-from inspect import signature
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from vacli.store import Store
 from vacli.store.curves import HEADER
 from vacli.store.exports import FORMATS
 from vacli.temporal.blocks import BLOCKS
-from vacli.temporal.preset import preset_names
+from vacli.temporal.preset import CrossAttn, Encode, Preset, Vgg, preset_names
 
 from .commands import vacli
 from .toy_store import make_store, tracks_of
@@ -136,6 +137,18 @@ def test_every_command_is_in_the_reference(site):
                 assert param.opts[-1] in text, f"{name} {param.opts[-1]}"
 
 
+def test_what_is_not_wrapped_in_a_terminal_keeps_its_lines_in_the_reference(site):
+    """Paragraphs below a line of \\b, in a help or below it: examples, the exit codes."""
+    page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    commands = [main, *all_commands(main).values()]
+    helps = [inspect.cleandoc(part) for c in commands for part in (c.help, c.epilog) if part]
+    kept = [part for told in helps for part in re.findall(r"^\x08\n((?:.+\n?)+)", told, re.M)]
+    assert len(kept) >= 3
+    for part in kept:
+        assert part.strip() in text, part
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -186,6 +199,12 @@ def test_every_head_is_in_the_reference():
         assert f"`{name}`" in PAGES["reference/heads.md"], name
 
 
+@pytest.mark.parametrize("table", [Preset, Encode, Vgg, CrossAttn])
+def test_every_key_of_a_preset_is_explained(table):
+    for key in table.model_fields:
+        assert re.search(rf"\b{key}(,|:)", table.__doc__), key
+
+
 def test_every_encoder_is_in_the_reference():
     for name, path in ENCODERS.items():
         assert f"\n## {name}\n" in PAGES["reference/encoders.md"], name
@@ -196,7 +215,7 @@ def test_every_block_is_told_with_its_options():
     for name, block in BLOCKS.items():
         row = re.search(rf"^\| `{name}` \|.*$", PAGES["how-to/your-head.md"], re.M)
         assert row is not None, name
-        options = [p.name for p in signature(block).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [p.name for p in inspect.signature(block).parameters.values() if p.kind is p.KEYWORD_ONLY]
         assert re.findall(r"`(\w+)`", row[0].split("|")[3]) == options, name
 
 

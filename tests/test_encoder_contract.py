@@ -134,8 +134,11 @@ def test_it_says_what_it_is(made):
     maker = type(made[0])
     assert maker.eats in ("crops", "sound")
     assert TRACK_NAME.fullmatch(maker.name)
-    assert len(maker.card) == 3
-    assert all(isinstance(text, str) and text for text in maker.card)
+    assert all(isinstance(text, str) and text for text in maker.card[:3])
+    files, get = maker.card[3:]
+    assert isinstance(files, tuple)
+    assert all(isinstance(file, str) and file for file in files)
+    assert isinstance(get, str)
     assert maker.__doc__
     for encoder in made:
         assert getattr(encoder, "licence", None) is None or "\n" not in encoder.licence

@@ -346,6 +346,20 @@ def test_what_cannot_be_opened_is_refused_in_one_line(store, tmp_path, whole):
         assert "\n" not in str(refusal.value)
 
 
+def test_folds_are_listed_and_a_neighbour_that_cannot_be_read_does_not_hide_them(runs, whole):
+    torn = runs / "torn" / "folds.json"
+    torn.parent.mkdir()
+    torn.write_text("{")
+    try:
+        assert open_any(None, runs) == whole
+        with pytest.raises(VacliError, match=r"no run nope .*there: .*whole \(folds\).*--head mamba"):
+            open_any("nope", runs)
+        with pytest.raises(VacliError, match=r"no run crossattn .*whole \(folds\).*--head crossattn"):
+            open_any("crossattn", runs)
+    finally:
+        shutil.rmtree(torn.parent)
+
+
 def test_folds_of_different_features_are_not_averaged(whole):
     of_fold = whole.runs[2].about
     changed = {**of_fold["streams"], "mae": {**of_fold["streams"]["mae"], "recipe": {"x": 1}}}

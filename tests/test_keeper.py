@@ -10,11 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from vacli import VacliError
 from vacli.cli import main
+from vacli.extract.datasets import Sample
+from vacli.extract.people import People
+from vacli.extract.plan import Plan
 from vacli.store import Store, StoreError, Track, digest, disk, folder_name, keeper, show
 
 from .toy_store import LABEL_RECIPE, ROWS, add_video, make_store, recipe, tracks_of
@@ -433,6 +437,236 @@ def test_rm_of_what_is_not_there_says_what_is(store):
     )
     told = vacli("store", "rm", "v00", "--track", "vggish", "--yes", "--store", store.path, fails=True).output
     assert "v00 has no track vggish; its tracks: label.va, logmel, mae" in told
+
+
+class Toy:
+    """An encoder that was never run: its tracks are put by hand where the plan wants them."""
+
+    def __init__(self, name: str, eats: str) -> None:
+        self.name, self.eats = name, eats
+
+    def options(self) -> dict[str, str]:
+        return {}
+
+    def recipe(self) -> dict[str, str]:
+        return {"track": self.name}
+
+
+PLAN = Plan({"toy_face": Toy("toy_face", "crops"), "toy_sound": Toy("toy_sound", "sound")}, People())
+
+
+@pytest.fixture
+def settled(monkeypatch) -> None:
+    """Digests are remembered though the files are new."""
+    monkeypatch.setattr("vacli.store.recipe._RACY_NS", -1)
+
+
+def film(path: Path, text: str = "") -> Path:
+    """A file of its own bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text or path.name)
+    return path
+
+
+def store_all(store: Store, sample: Sample, link: bool) -> list[str]:
+    """What an extraction of the sample stores, or (not linked) a prediction; returns the entries."""
+    media = sample.media(store.fingerprints)
+    wanted = PLAN.tracks(sample, media, store.fingerprints)
+    for w in wanted.values():
+        store.put(w.recipe, w.media, tracks_of(1)["mae"], {"sample": sample.id})
+    if link:
+        facts = {"root": str(sample.root), "media": media, "split": None}
+        store.link(sample.id, facts, {n: {**w.kind.address, "media": w.media} for n, w in wanted.items()})
+    store.remember_fingerprints()
+    return sorted({w.entry for w in wanted.values()})
+
+
+def sample_of(video: Path, **more: object) -> Sample:
+    return Sample(**{"id": video.stem, "root": video.parent, "video": video, **more})
+
+
+def traces(store: Store, *words: str) -> list[str]:
+    """The files of the store in whose path or bytes one of the words is."""
+    files = [p for p in store.path.rglob("*") if p.is_file()]
+    return [str(p) for p in files if any(w in str(p) or w.encode() in p.read_bytes() for w in words)]
+
+
+@pytest.mark.usefixtures("settled")
+def test_rm_of_a_file_leaves_no_trace_of_what_was_predicted_of_it(store, tmp_path):
+    before = contents(store)
+    anna = film(tmp_path / "in" / "anna.mp4")
+    notes = film(tmp_path / "in" / "anna.txt")
+    made = store_all(store, sample_of(anna, annotation=notes), link=False)
+    assert {name.partition("@")[0] for name in made} == {
+        "people",
+        "faces",
+        "toy_face",
+        "toy_sound",
+        "label.va",
+    }
+    film_digest = Store(store.path).fingerprints.file(anna)
+    keeper.index(store)
+    assert traces(store, film_digest)
+    told = vacli("store", "rm", anna, "--yes", "--store", store.path).output
+    assert f"{len(made)} tracks, {len(made)} of them under no name" in told
+    assert f"{len(made)} tracks removed" in told
+    left = contents(store)
+    assert {k: v for k, v in left.items() if k in before} == before
+    assert not [k for k in left.keys() - before.keys() if k.count("/") > 1]  # recipes stay, of nobody
+    assert not traces(store, film_digest, film_digest[:24], "anna")
+
+
+def test_rm_of_a_file_takes_every_name_and_person_it_has(store, tmp_path):
+    video = film(tmp_path / "two.mp4")
+    for person in ("left", "right"):
+        store_all(store, sample_of(video, id=f"two_{person}", person=person), link=True)
+    another = film(tmp_path / "other" / "two.mp4", "another film")
+    store_all(store, sample_of(another, id="two"), link=True)
+    moved = film(tmp_path / "elsewhere" / "renamed.mkv", "two.mp4")  # the same bytes
+    vacli("store", "rm", moved, "--yes", "--store", store.path)
+    assert set(store.videos()) == {"v00", "v01", "v02", "two"}
+    assert not traces(store, Store(store.path).fingerprints.file(video)[:24])
+    assert all(store.has(w.recipe, w.media) for w in PLAN.tracks(
+        sample_of(another), store.fingerprints.file(another), store.fingerprints).values())  # fmt: skip
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("link", [True, False])
+def test_rm_of_a_file_takes_what_was_made_of_its_crops_and_their_labels(store, tmp_path, link):
+    video, notes = film(tmp_path / "c.mp4"), film(tmp_path / "c.txt")
+    film(tmp_path / "crops" / "c" / "00001.jpg")
+    made = store_all(store, sample_of(video, crops=tmp_path / "crops" / "c", annotation=notes), link)
+    assert len({name.partition("/")[2] for name in made}) == 3  # the sound, the crops, the labels
+    vacli("store", "rm", video, "--yes", "--store", store.path)
+    assert not set(made) & set(store.entries())
+    assert "c" not in store.videos()
+
+
+@pytest.mark.usefixtures("settled")
+def test_rm_of_a_file_finds_linked_crops_though_their_digests_are_forgotten(store, tmp_path):
+    video = film(tmp_path / "c.mp4")
+    film(tmp_path / "crops" / "c" / "00001.jpg")
+    made = store_all(store, sample_of(video, crops=tmp_path / "crops" / "c"), link=True)
+    shutil.rmtree(store.path / "fingerprints")
+    vacli("store", "rm", video, "--yes", "--store", store.path)
+    assert not set(made) & set(store.entries())
+
+
+def test_rm_of_an_id_takes_along_what_predictions_made_of_the_same_medium(store, tmp_path):
+    anna, bert = film(tmp_path / "anna.mp4"), film(tmp_path / "bert.mp4")
+    made = store_all(store, sample_of(anna), link=True)
+    again = store_all(store, sample_of(anna, id="copy of it", person="left"), link=False)
+    stays = store_all(store, sample_of(bert), link=False)
+    told = vacli("store", "rm", "anna", "--dry-run", "--store", store.path).output
+    assert f"{len({*made, *again})} tracks, {len({*again} - {*made})} of them under no name" in told
+    assert {*made, *again} <= set(store.entries())
+    vacli("store", "rm", "anna", "--yes", "--store", store.path)
+    assert not {*made, *again} & set(store.entries())
+    assert set(stays) <= set(store.entries())
+
+
+def test_rm_of_an_id_that_was_only_predicted_needs_no_file(store, tmp_path):
+    anna = film(tmp_path / "anna.mp4")
+    made = store_all(store, sample_of(anna), link=False)
+    anna.unlink()
+    vacli("store", "rm", "anna", "--yes", "--store", store.path)
+    assert not set(made) & set(store.entries())
+    assert len(store.entries()) == 9
+
+
+@pytest.mark.usefixtures("settled")
+def test_rm_of_one_of_two_people_says_what_stays_for_the_other(store, tmp_path):
+    video = film(tmp_path / "two.mp4")
+    left, right = (
+        store_all(store, sample_of(video, id=f"two_{p}", person=p), link=True) for p in ("left", "right")
+    )
+    told = vacli("store", "rm", "two_left", "--yes", "--store", store.path).output
+    assert f"{len(right)} more stay, that two_right shares" in told
+    assert set(right) <= set(store.entries())
+    assert not ({*left} - {*right}) & set(store.entries())
+    assert Store(store.path).fingerprints.file(video) in Store(store.path).fingerprints.memo.values()
+
+
+def test_rm_takes_damaged_copies_and_several_words_for_one_video_at_once(store, tmp_path):
+    anna = film(tmp_path / "anna.mp4")
+    made = store_all(store, sample_of(anna), link=True)
+    store.set_aside(made[0])
+    assert len(store.at.hidden(".quarantine")) == 1
+    told = vacli("store", "rm", "anna", anna, "--yes", "--store", store.path).output
+    assert "1 set aside as damaged" in told
+    assert store.at.hidden(".quarantine") == []
+    assert len(store.entries()) == 9
+
+
+def test_rm_of_an_imported_file_takes_the_import_and_leaves_the_video(store, tmp_path):
+    features = film(tmp_path / "anna.csv")
+    media, how = store.fingerprints.file(features), {"track": "openface", "imported": {}}
+    store.put(how, media, tracks_of(1)["mae"])
+    place = {"folder": folder_name(how), "media": media}
+    store.link("v00", {"root": "toy", "media": None, "split": None}, {"openface": place})
+    vacli("store", "rm", features, "--yes", "--store", store.path)
+    assert set(store.videos()["v00"]["tracks"]) == {"mae", "logmel", "label.va"}
+    assert len(store.entries()) == 9
+
+
+def test_a_word_that_is_an_id_and_a_file_is_the_id_and_a_path_is_the_file(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = store_all(store, sample_of(film(tmp_path / "v00"), id="w"), link=False)
+    vacli("store", "rm", "v00", "--yes", "--store", store.path)
+    assert "v00" not in store.videos()
+    assert set(made) <= set(store.entries())
+    vacli("store", "rm", "./v00", "--yes", "--store", store.path)
+    assert not set(made) & set(store.entries())
+
+
+def test_rm_of_a_file_nothing_was_made_of_says_so_and_removes_nothing_else(store, tmp_path):
+    before = contents(store)
+    stranger = film(tmp_path / "stran\x1bger.mp4")
+    told = vacli("store", "rm", "v00", stranger, "--yes", "--store", store.path, fails=True).output
+    assert "has nothing that was made of" in told
+    assert "\x1b" not in told
+    told = vacli("store", "rm", stranger, "--track", "mae", "--yes", "--store", store.path, fails=True).output
+    assert "of a file everything goes" in told
+    assert contents(store) == before
+
+
+def test_rm_of_a_file_goes_by_a_bucket_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("VACLI_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/features.zarr"
+    store = Store(url, create=True)
+    anna, bert = film(tmp_path / "anna.mp4"), film(tmp_path / "bert.mp4")
+    made = store_all(store, sample_of(anna), link=False)
+    store.set_aside(made[0])
+    stays = store_all(store, sample_of(bert), link=True)
+    vacli("store", "rm", anna, "--yes", "--store", url)
+    fs, root = fsspec.url_to_fs(url)
+    media = made[0].partition("/")[2]
+    assert [p for p in fs.find(root) if bert.name in p or stays[0] in p]
+    assert not [p for p in fs.find(root) if media in p]
+    assert not traces(store, media)
+    fs.rm(root, recursive=True)
+
+
+def test_rm_of_an_empty_word_is_not_of_what_was_made_for_nobody(store):
+    store.put(recipe("faces"), "00" * 32, tracks_of(0)["mae"])
+    before = contents(store)
+    assert "knows no video ''" in vacli("store", "rm", "", "--yes", "--store", store.path, fails=True).output
+    assert contents(store) == before
+
+
+def test_rm_of_a_file_finds_it_though_every_copy_was_set_aside(store, tmp_path):
+    anna = film(tmp_path / "anna.mp4")
+    for name in store_all(store, sample_of(anna), link=False):
+        store.set_aside(name)
+    vacli("store", "rm", anna, "--yes", "--store", store.path)
+    assert store.at.hidden(".quarantine") == []
+    assert len(store.entries()) == 9
+
+
+def test_the_help_of_rm_says_what_it_does_not_remove():
+    told = " ".join(vacli("store", "rm", "--help").output.split())
+    for what in ("predictions/", "copies", "exports", "trained runs"):
+        assert what in told[told.index("Not removed") :]
 
 
 def test_a_store_of_the_first_format_is_listed_without_being_changed(tmp_path):

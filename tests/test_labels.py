@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +54,20 @@ def test_more_lines_than_frames_are_left_out_and_fewer_are_unlabelled(tmp_path):
 def test_a_bad_annotation_names_its_line(tmp_path, text, complaint):
     with pytest.raises(VacliError, match=complaint):
         read_va(write(tmp_path, text), np.arange(9) / 30)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name on this system")
+def test_what_is_no_file_is_one_line_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", tmp_path, tmp_path / "none.txt", Path("\ud800.txt"), Path("a\0b")):
+        with pytest.raises(VacliError, match="cannot read the annotations"):
+            read_va(path, np.arange(3) / 30)
+
+
+def test_a_field_without_an_end_is_one_line(tmp_path):
+    path = write(tmp_path, 'valence,arousal\n0.1,"' + "9" * 200_000)
+    with pytest.raises(VacliError, match="cannot read the annotations"):
+        read_va(path, np.arange(3) / 30)
 
 
 def test_ccc_is_one_for_itself_and_less_when_shifted_or_scaled():

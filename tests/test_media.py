@@ -212,6 +212,25 @@ def made_frames(starts_s: list[float], sound: list[np.ndarray]) -> list[av.Audio
     return frames
 
 
+def test_a_frame_of_colours_that_there_are_none_of_is_shown_as_if_it_said_nothing_of_them():
+    colourful = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    seen = []
+    for colours in (media.UNSAID, 78):  # the second as damage has it
+        frame = av.VideoFrame.from_ndarray(colourful, format="rgb24").reformat(format="yuv420p")
+        frame.colorspace = frame.color_primaries = frame.color_trc = colours
+        picture = media.Picture(frame, 64, 0.0, media._Converter())
+        seen.append(
+            [
+                picture.rgb_within((0, 0, 64, 48)).copy(),
+                picture.rgb_within((8, 8, 9, 9)).copy(),
+                picture.rgb(),
+            ]
+        )
+    assert seen[0][0].std() > 10
+    for unsaid, unknown in zip(*seen, strict=True):
+        np.testing.assert_array_equal(unsaid, unknown)
+
+
 def test_jitter_of_timestamps_leaves_the_sound_whole():
     wave = np.sin(np.arange(16000) / 5).astype(np.float32)
     jitter_s = np.random.default_rng(0).uniform(-0.01, 0.01, 10)

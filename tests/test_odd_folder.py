@@ -14,7 +14,7 @@ from vacli.extract.datasets import find_all
 from vacli.extract.media import Video
 from vacli.store.curves import HEADER, read_csv, recall
 
-from .commands import vacli
+from .commands import TINY, vacli
 from .media_files import clicks, pictures, write_video
 
 LONG = "v" * 200
@@ -149,7 +149,7 @@ def test_a_list_and_several_paths_give_each_video_once(at, face):
     ("words", "complaint"),
     [
         (["nowhere.mp4"], "no such file or folder: nowhere.mp4"),
-        (["--video", "empty_list.txt"], "names no video"),
+        (["--video", "empty_list.txt"], "names no file or folder that is there"),
         (["--video", "labels.txt"], "holds labels"),
     ],
 )
@@ -159,6 +159,96 @@ def test_a_mistake_in_naming_videos_is_one_line(at, words, complaint):
     told = vacli("predict", *words, fails=True).output
     assert told.count("\n") == 1
     assert complaint in told
+
+
+def test_what_predict_made_is_not_taken_for_a_video(at, face):
+    (at / "clips").mkdir()
+    write_video(at / "clips" / "clip.mp4", face, sound=TONE)
+    write_video(at / "clips" / "old.avi", face, sound=TONE)  # of which the page has a copy
+    words = ("predict", "clips", "--out", "clips/predictions", "--overlay")
+    vacli(*words)
+    assert (at / "clips" / "predictions" / "media" / "old.mp4").is_file()
+    vacli(*words)
+    assert [about.id for about in recall(at / "clips" / "predictions")] == ["clip", "old"]
+
+
+def test_each_side_of_a_video_keeps_its_own_labels(at, face):
+    root, labels = at / "wild", {"12": 0.1, "12_right": -0.2}
+    folder = root / "annotations" / "VA_Set" / "Validation_Set"
+    folder.mkdir(parents=True)
+    for name, value in labels.items():
+        (folder / f"{name}.txt").write_text("valence,arousal\n" + f"{value},{value}\n" * 10)
+    (root / "batch1").mkdir()
+    two = [np.concatenate([a, b], axis=1) for a, b in zip(face, face[::-1], strict=True)]
+    write_video(root / "batch1" / "12.mp4", two, sound=TONE)
+    vacli("predict", root)
+    found = {about.id: about.labels for about in recall(at / "predictions")}
+    assert {id: file.name for id, file in found.items() if file} == {id: f"{id}.txt" for id in labels}
+
+
+def test_a_head_that_only_hears_has_no_curve_of_a_silent_video(at, face):
+    write_video(at / "silent.mp4", face)
+    vacli("train", "--head", "linear", "--stream", "logmel", "--set", "train.epochs=1", "--name", "ears")
+    told = vacli("predict", "silent.mp4", "--run", "ears", fails=True).output
+    assert "1 of 1 videos had a problem" in told
+    assert "it has no sound" in told
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same(at, face):
+    file = at / os.fsdecode(b"caf\xe9\x1b[31m.avi")
+    os.replace(write_video(at / "plain.avi", face, sound=TONE), file)
+    told = vacli("predict", file).output
+    assert "\x1b" not in told
+    (about,) = recall(at / "predictions")
+    assert about.csv is not None
+    assert (at / "predictions" / f"{about.video_id}.html").is_file()
+
+
+def test_other_formats_never_show_another_curve_than_the_csv(at, face):
+    write_video(at / "clip.mp4", face, sound=TONE)
+    vacli("predict", "clip.mp4", "--format", "json", "--overlay", "--no-report")
+    out = at / "predictions"
+    vacli("predict", "clip.mp4", "--no-report")
+    assert (out / "clip.overlay.mp4").is_file()  # the curve is the same
+    vacli("train", "--head", "linear", "--set", "train.epochs=1")
+    told = vacli("predict", "clip.mp4", "--no-report").output
+    curve, found = read_csv(out / "clip.csv"), json.loads((out / "clip.json").read_text())
+    np.testing.assert_allclose(found["valence"], curve.track.values[:, 0], atol=1e-6)
+    assert not (out / "clip.overlay.mp4").exists()
+    assert "--overlay makes it again" in told
+
+
+def test_live_lines_are_the_curve_of_the_whole_video_as_one_line(at, face):
+    vacli("train", "--head", "mamba", *TINY, "--set", "windows.whole=true", "--name", "whole")
+    times_s = [i / 5 for i in range(10)]  # frames as far apart as the labels of the training were
+    write_video(at / "clip.mkv", face, times_s=times_s, sound=clicks(2.0, [0.1]))
+    vacli("predict", "clip.mkv", "--run", "whole", "--no-smooth", "--no-report")
+    offline = read_csv(at / "predictions" / "clip.csv")
+    told = vacli("predict", "--live", "--video", "clip.mkv", "--run", "whole").stdout.splitlines()
+    live = list(csv.DictReader(told))
+    assert tuple(live[0]) == HEADER
+    np.testing.assert_allclose([float(r["time_s"]) for r in live], offline.track.times_s, atol=1e-6)
+    values = [[float(r["valence"]), float(r["arousal"])] for r in live]
+    # the head itself is equal to 1e-6 (test_live.py); of a face encoded alone a feature may round to the next float16
+    np.testing.assert_allclose(values, offline.track.values, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict"],
+        ["predict", "--live"],
+        ["predict", "a.mp4", "--live", "--overlay"],
+        ["predict", "a.mp4", "--camera", "0"],
+    ],
+)
+def test_a_call_that_makes_no_sense_is_wrong_usage(at, words):
+    from click.testing import CliRunner
+    from vacli.cli import main
+
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2, result.output
+    assert "Usage: " in result.output
 
 
 def test_every_form_of_a_curve_has_a_row_for_every_frame(at, face):

@@ -17,7 +17,7 @@ from vacli.store import Track
 from vacli.store.curves import Curve
 
 from .media_files import clicks, pictures, write_video
-from .test_playable import CLIPS, VARIABLE_S, onsets_s, packets, times
+from .test_playable import CLIPS, VARIABLE_S, damaged, onsets_s, packets, times
 
 HEIGHT, WIDTH = 240, 320
 GREY = np.full((HEIGHT, WIDTH, 3), 110, np.uint8)
@@ -87,6 +87,15 @@ def test_sound_that_mp4_can_hold_is_copied(codec, tmp_path, monkeypatch):
     write_overlay(Video(video), tmp_path / "out.mp4", curve(times(video)))
     assert packets(tmp_path / "out.mp4", "audio") == packets(video, "audio")
     np.testing.assert_allclose(onsets_s(tmp_path / "out.mp4"), onsets_s(video), atol=2e-3)
+
+
+def test_sound_that_mp4_refuses_is_decoded_before_anything_is_drawn(tmp_path):
+    video = damaged(tmp_path / "a.ts", ".mpg")
+    out, done = tmp_path / "out.mp4", []
+    write_overlay(Video(video), out, curve(times(video)), progress=done.append)
+    assert sum(done) == 30
+    np.testing.assert_allclose(times(out), times(video), atol=1e-3)
+    np.testing.assert_allclose(onsets_s(out), onsets_s(video), atol=2e-3)
 
 
 @pytest.mark.parametrize("name", CLIPS)

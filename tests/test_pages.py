@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vacli import VacliError
 from vacli.report.html import document, packed, text
-from vacli.report.index import clock, signed, stretches
+from vacli.report.index import Row, clock, index_page, signed, small_picture, stretches
 from vacli.report.pages import write_pages
 from vacli.store.curves import About, Curve, remember, write_csv
 from vacli.store.labels import ccc_of_tracks
@@ -88,7 +89,7 @@ def test_a_name_is_text_wherever_it_stands(tmp_path, name):
     video.parent.mkdir(parents=True)
     video.write_bytes(b"")
     about = put(tmp_path / "p", name, video=video, warning=name, run={"head": name})
-    index = write_pages(tmp_path / "p")
+    index = write_pages(tmp_path / "p").index
     page = _Read(index.parent / f"{about.id}.html")
     assert name in page.texts["title"]
     assert name in page.texts["bdi"]
@@ -100,7 +101,7 @@ def test_a_name_is_text_wherever_it_stands(tmp_path, name):
     assert not re.search(r"[#?:<>\"'& ]", source)
     row = _Read(index)
     assert name in row.texts["bdi"]
-    assert len(row.all("script")) == 2
+    assert len(row.all("script")) == 3  # data and two of ours
     assert {(index.parent / unquote(a["href"])).is_file() for a in row.all("a")} == {True}
 
 
@@ -175,20 +176,23 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path):
     empty.csv.write_text("frame,time_s,valence,arousal,face\n")
     remember(tmp_path, About("failed", "failed", "failed.mp4", problem="moov atom not found"))
     told: list[str] = []
-    index = write_pages(tmp_path, told.append)
+    pages = write_pages(tmp_path, told.append)
     assert sorted(p.name for p in tmp_path.glob("*.html")) == [
         "good.html", "index.html", "lost.html", "no_labels.html",
     ]  # fmt: skip
-    listed = " ".join(_Read(index).texts["li"])
+    listed = " ".join(_Read(pages.index).texts["li"])
     for reason in ("moov atom not found", "'?'", "has no row", "gone.mp4 any more", "gone.txt"):
         assert reason in listed
-    assert [line.split(":")[0] for line in told] == ["bad.mp4", "empty.mp4", "lost.mp4", "no_labels.mp4"]
+    assert list(pages.problems) == ["bad.mp4", "empty.mp4", "no_labels.mp4"]  # not what failed in predict
+    assert "'?'" in pages.problems["bad.mp4"]
+    assert "gone.txt" in pages.problems["no_labels.mp4"]
+    assert [line.split(":")[0] for line in told] == ["lost.mp4"]  # its curve is shown all the same
     assert "gone.mp4 any more" in " ".join(_Read(tmp_path / "lost.html").texts["p"])
 
 
 def test_bare_csvs_have_pages_without_a_video(tmp_path):
     write_csv(tmp_path / "deep" / "one.csv", a_curve())
-    index = write_pages(tmp_path)
+    index = write_pages(tmp_path).index
     page = _Read(tmp_path / "deep" / "one.html")
     assert not page.all("video")
     assert "It is not known which video" in " ".join(page.texts["p"])
@@ -203,7 +207,7 @@ def test_a_folder_that_is_a_link_leads_to_its_videos(tmp_path):
     linked = tmp_path / "predictions"
     linked.symlink_to(tmp_path / "scratch" / "far" / "p")
     put(linked, "one.mp4", video=video)
-    index = write_pages(linked)
+    index = write_pages(linked).index
     [source] = [attrs["src"] for attrs in _Read(linked / "one.html").all("video")]
     assert urljoin((linked / "one.html").as_uri(), source) == video.as_uri()  # as a browser has it
     assert [a["href"] for a in _Read(index).all("a")] == ["one.html"]
@@ -216,7 +220,7 @@ def test_nothing_to_show_is_a_users_mistake(tmp_path):
 
 def test_a_video_called_index_does_not_take_the_indexs_place(tmp_path):
     put(tmp_path, "index.mp4")
-    index = write_pages(tmp_path)
+    index = write_pages(tmp_path).index
     [link] = [a["href"] for a in _Read(index).all("a")]
     assert link != "index.html"
     assert "index.mp4" in _Read(tmp_path / link).texts["title"]
@@ -246,7 +250,7 @@ def test_everybody_in_a_video_is_on_one_page(tmp_path):
     for person in ("left", "right"):
         put(tmp_path, "two.mp4", a_curve(person=person), id=f"two_{person}", video_id="two", person=person)
     remember(tmp_path, About("two_3", "two", "two.mp4", "third", problem="his face is never seen"))
-    index = write_pages(tmp_path)
+    index = write_pages(tmp_path).index
     page = _Read(tmp_path / "two.html")
     assert page.texts["label"] == ["left", "right"]
     assert len(page.data()["people"]) == 2
@@ -263,7 +267,7 @@ def test_ccc_is_that_of_the_labels(tmp_path):
     path.write_text("valence,arousal\n" + "".join(f"{v:.6f},{a:.6f}\n" for v, a in labels))
     put(tmp_path / "p", "one.mp4", curve, labels=path)
     put(tmp_path / "p", "other.mp4", curve)
-    index = write_pages(tmp_path / "p")
+    index = write_pages(tmp_path / "p").index
     rated = np.where(labels == -5, np.nan, labels).astype(np.float32)
     valence, arousal = ccc_of_tracks([(curve.track.values, rated)])
     [person] = _Read(index.parent / "one.html").data()["people"]
@@ -279,7 +283,9 @@ def test_a_row_of_the_index_says_what_its_curve_says(tmp_path):
     curve = a_curve(100, rate_hz=10)
     put(tmp_path, "one.mp4", curve)
     cells = {
-        td["data-name"]: td["data-key"] for td in _Read(write_pages(tmp_path)).all("td") if "data-name" in td
+        td["data-name"]: td["data-key"]
+        for td in _Read(write_pages(tmp_path).index).all("td")
+        if "data-name" in td
     }
     assert float(cells["Valence"]) == pytest.approx(curve.track.values[:, 0].mean(), abs=1e-5)
     assert float(cells["Arousal"]) == pytest.approx(curve.track.values[:, 1].mean(), abs=1e-5)
@@ -300,12 +306,78 @@ def test_one_frame_and_no_known_value_have_pages_too(tmp_path):
 
 
 def test_the_index_of_a_thousand_videos_stays_small(tmp_path):
-    for i in range(20):
-        put(tmp_path, f"clip {i}.mp4", a_curve(300))
-    index = write_pages(tmp_path)
-    names = [name for name in _Read(index).texts["bdi"] if name.startswith("clip")]
-    assert names == [f"clip {i}.mp4" for i in range(20)]  # clip 2 before clip 10
-    assert index.stat().st_size < 20_000 + 20 * 3_500
+    picture = small_picture(a_curve(300))
+    rows = [Row(f"clip {i}.mp4", "", f"clip {i}.html", picture=picture, mean=(0.5, 0)) for i in range(1000)]
+    page = tmp_path / "index.html"
+    page.write_text(index_page(rows[::-1]), encoding="utf-8")
+    assert page.stat().st_size < 20_000 + 1000 * 3_500
+    assert _Read(page).texts["bdi"] == [row.name for row in rows]  # clip 2 before clip 10
+
+
+def test_a_number_in_a_name_may_be_of_any_length(tmp_path):
+    names = ["clip 2", "clip 007", "clip 10", "clip " + "9" * 5000, "clip 1" + "0" * 5000]
+    (tmp_path / "index.html").write_text(index_page([Row(name, "", "a.html") for name in names[::-1]]))
+    assert _Read(tmp_path / "index.html").texts["bdi"] == names
+
+
+def test_a_video_that_fails_now_loses_the_page_of_its_earlier_curve(tmp_path):
+    put(tmp_path, "good.mp4")
+    for person in ("left", "right"):
+        put(tmp_path, "two.mp4", a_curve(person=person), id=f"two_{person}", video_id="two", person=person)
+    bad = put(tmp_path, "bad.mp4")
+    write_pages(tmp_path)
+    assert (tmp_path / "bad.html").is_file()
+    remember(tmp_path, About("bad", "bad", "bad.mp4", problem="moov atom not found"))
+    remember(tmp_path, About("two_right", "two", "two.mp4", "right", problem="his face is never seen"))
+    bad.csv.unlink()
+    pages = write_pages(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.html")) == ["good.html", "index.html", "two.html"]
+    assert pages.problems == {}
+
+
+def test_a_page_that_cannot_be_written_is_a_problem_and_the_others_are(tmp_path):
+    put(tmp_path, "good.mp4")
+    for person in ("left", "right"):
+        put(tmp_path, "two.mp4", a_curve(person=person), id=f"two_{person}", video_id="two", person=person)
+    remember(tmp_path, About("gone", "gone", "gone.mp4", problem="no video in it"))
+    for name in ("two.html", "gone.html"):  # no file can be put in the place of a folder
+        (tmp_path / name).mkdir()
+    pages = write_pages(tmp_path)
+    assert list(pages.problems) == ["gone.mp4", "two.mp4 (left)", "two.mp4 (right)"]
+    assert "cannot write" in pages.problems["two.mp4 (left)"]
+    assert "cannot remove" in pages.problems["gone.mp4"]
+    assert [a["href"] for a in _Read(pages.index).all("a")] == ["good.html"]
+
+
+def test_no_link_leads_what_is_written_out_of_the_folder(tmp_path):
+    folder, home = tmp_path / "predictions", tmp_path / "home"
+    home.mkdir()
+    (home / "x.html").write_text("mine")
+    put(folder, "good.mp4", video=home / "x.html")
+    for name in ("sub", "media"):
+        (folder / name).symlink_to(home)
+    remember(folder, About("sub/x", "sub/x", "x.mp4", csv=folder / "good.csv"))
+    remember(folder, About("x", "sub/x", "x.mp4", csv=folder / "good.csv"))
+    pages = write_pages(folder, playable=lambda video, copy: copy.write_text("a copy"))
+    assert [a["href"] for a in _Read(pages.index).all("a")] == ["good.html", "good.html"]
+    assert "leads out of" in " ".join(_Read(folder / "good.html").texts["p"])
+    assert {path.name: path.read_text() for path in home.iterdir()} == {"x.html": "mine"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name on this system")
+def test_hostile_records_and_curves_stop_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    put(tmp_path, "pipe.mp4", labels=tmp_path / "pipe.txt")
+    put(tmp_path, "9" * 4000)
+    times_s = {"far": ("-1e308", "1e308"), "near": ("0", "5e-324")}
+    for name, (first, last) in times_s.items():
+        (tmp_path / f"{name}.csv").write_text(
+            f"frame,time_s,valence,arousal,face\n1,{first},0,0,1\n2,{last},0,0,1\n"
+        )
+    pages = write_pages(tmp_path)
+    assert list(pages.problems) == ["far", "pipe.mp4"]
+    assert "times beyond" in pages.problems["far"]
+    assert "no file" in pages.problems["pipe.mp4"]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def people_in(
     pictures[:, 0, 0] = np.stack([np.arange(count) % 256, np.arange(count) // 256, np.zeros(count)], axis=1)
     times_s = np.arange(count) / RATE_HZ if times_s is None else times_s
     people = People(every=every)
-    people._detector = Told(someone)
+    people.detector = Told(someone)
     return people((pictures[i : i + batch], times_s[i : i + batch]) for i in range(0, count, batch))
 
 
@@ -261,7 +261,7 @@ def test_a_change_of_the_frame_size_is_survived():
         pictures[:, 0, 0] = np.arange(first, first + 10)[:, None] * [1, 0, 0]
     for every in (1, 3):
         people = People(every=every)
-        people._detector = Told([{i: face(30, y=30, size=30) for i in range(20)}])
+        people.detector = Told([{i: face(30, y=30, size=30) for i in range(20)}])
         track = people([(one, np.arange(10) / 25), (two, np.arange(10, 20) / 25)])
         assert (~track.valid).sum() <= (every - 1)
 
@@ -293,14 +293,14 @@ def test_no_frame_is_held_longer_than_until_the_next_batch(every):
             del rgb
 
     people = People(every=every)
-    people._detector = Told([{i: face(30, y=20, size=24) for i in range(32)}])
+    people.detector = Told([{i: face(30, y=20, size=24) for i in range(32)}])
     assert people(batches()).valid[:31].all()  # every third is looked at, and the last one seen is the 31st
 
 
 def test_progress_adds_up():
     done: list[int] = []
     people = People()
-    people._detector = Told([])
+    people.detector = Told([])
     people(((blank(n), np.arange(n) + 100.0 * n) for n in (3, 5)), done.append)
     assert done == [3, 5]
 
@@ -354,7 +354,7 @@ def test_what_the_pixels_got_wrong_is_mended_at_the_next_detection():
 
 def test_the_detector_looks_at_every_nth_frame_and_behind_every_cut():
     people = People(every=5)
-    people._detector = told = Told([])
+    people.detector = told = Told([])
     pictures = cut_at(24, 12)
     pictures[:, 0, 0] = np.stack([np.arange(24), np.zeros(24), np.zeros(24)], axis=1)
     people((pictures[i : i + 7], np.arange(i, min(i + 7, 24)) / 25) for i in range(0, 24, 7))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,8 +46,37 @@ def film(path: Path, count: int = 10, sound: bool = True, **how) -> Path:
     return write_video(path, pictures(count), sound=clicks(1.0, CLICKS_S) if sound else None, **how)
 
 
-def refuse(_: Path):
-    raise AssertionError("it was decoded")
+class Untouched(Video):
+    """Decodes nothing."""
+
+    def frames(self, batch: int = 32):
+        raise AssertionError("it was decoded")
+
+    sound = frames
+
+
+def damaged(path: Path, suffix: str, first: int = 7, count: int = 30) -> Path:
+    """MPEG-TS with AAC of which from the first packet on each 13th has no header any more.
+
+    suffix: of the file whose pictures these are, MPEG-2 of .mpg, H.264 of .mp4.
+    """
+    seen = write_video(path.with_name(f"seen{suffix}"), pictures(count))
+    heard = write_video(path.with_name("heard.mp4"), sound=clicks(1.0, CLICKS_S))
+    with av.open(str(path), "w") as out, av.open(str(seen)) as a, av.open(str(heard)) as b:
+        streams = [container.streams[0] for container in (a, b)]
+        into = {stream: out.add_stream_from_template(stream) for stream in streams}
+        for packet in [p for container in (a, b) for p in container.demux() if p.size]:
+            packet.stream = into[packet.stream]
+            out.mux(packet)
+    seen.unlink()
+    heard.unlink()
+    content, place = bytearray(path.read_bytes()), 0
+    for i, packet in enumerate(packets(path, "audio")):
+        place = content.index(packet[:7], place) + 7
+        if i >= first and not (i - first) % 13:
+            content[place - 7 : place] = bytes(7)
+    path.write_bytes(content)
+    return path
 
 
 # ---- which -----------------------------------------------------------------------------------------------
@@ -56,7 +85,7 @@ def refuse(_: Path):
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_what_browsers_play_is_left_alone(suffix, tmp_path):
     video = film(tmp_path / f"a{suffix}")
-    assert playable(video, tmp_path / "copies" / "a.mp4", refuse) == video
+    assert playable(video, tmp_path / "copies" / "a.mp4", Untouched) == video
     assert not (tmp_path / "copies").exists()
 
 
@@ -93,7 +122,7 @@ def test_a_copy_has_every_frame_at_its_time_and_the_sound_where_it_was(name, how
     before, now = (next(Video(path).frames())[0][0].astype(float) for path in (video, copy))
     assert before.shape == now.shape
     assert np.abs(before - now).mean() < 6  # upright, and of the same colours
-    assert playable(copy, tmp_path / "again.mp4", refuse) == copy  # which a browser plays
+    assert playable(copy, tmp_path / "again.mp4", Untouched) == copy  # which a browser plays
 
 
 @pytest.mark.parametrize(
@@ -132,7 +161,7 @@ def test_a_copy_is_made_once_and_again_when_the_video_is_another(tmp_path):
     video, copy, told = film(tmp_path / "a.avi"), tmp_path / "copy.mp4", []
     playable(video, copy, Video, told.append)
     assert len(told) == 1
-    assert playable(video, copy, refuse, told.append) == copy
+    assert playable(video, copy, Untouched, told.append) == copy
     assert len(told) == 1
     film(video, count=7)
     playable(video, copy, Video, told.append)
@@ -171,6 +200,70 @@ def test_of_a_video_that_is_cut_off_what_decodes_is_shown(tmp_path):
     copy = playable(video, tmp_path / "copy.mp4", Video)
     assert len(times(copy)) > 0
     np.testing.assert_allclose(times(copy), times(video), atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("suffix", [".mpg", ".mp4"])
+def test_sound_that_mp4_refuses_is_decoded_and_the_rest_stays_in_its_place(suffix, first, tmp_path):
+    video = damaged(tmp_path / "a.ts", suffix, first)
+    source, done = Video(video), []
+    copy = playable(video, tmp_path / "copy.mp4", lambda _: source, progress=done.append)
+    assert codecs(copy) == ["h264", "aac"]
+    np.testing.assert_allclose(times(copy), times(video), atol=1e-3)
+    assert len(done) == (30 if suffix == ".mpg" else 0)  # once, or never
+    np.testing.assert_allclose(onsets_s(copy), onsets_s(video), atol=2e-3)
+    assert len(onsets_s(video)) == 2
+
+
+class Ending:
+    """A libav container at whose end PyAV stumbles, as over streams that have appeared on the way."""
+
+    def __init__(self, container) -> None:
+        self._container = container
+
+    def __getattr__(self, name: str):
+        return getattr(self._container, name)
+
+    def demux(self, *streams):
+        yield from self._container.demux(*streams)
+        raise IndexError("list index out of range")
+
+
+class Stumbling(Video):
+    @contextlib.contextmanager
+    def open(self):
+        with super().open() as (container, start_s):
+            yield Ending(container), start_s
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_streams_that_appear_on_the_way_cost_no_frame(suffix, tmp_path):
+    video = film(tmp_path / f"a{suffix}")
+    copy = playable(video, tmp_path / "copy.mp4", Stumbling)
+    np.testing.assert_allclose(times(copy), times(video), atol=1e-3)
+    np.testing.assert_allclose(onsets_s(copy), onsets_s(video), atol=2e-3)
+    assert list(Stumbling(video).times()) == times(video).tolist()
+
+
+def test_sound_that_is_no_number_is_heard_as_silence(tmp_path):
+    class Broken(Video):
+        def sound(self, rate_hz: int = 16000):
+            for block in super().sound(rate_hz):
+                block[: len(block) // 4] = np.nan
+                block[-10:] = 1e30
+                yield block
+
+    copy = playable(film(tmp_path / "a.avi"), tmp_path / "copy.mp4", Broken)
+    assert codecs(copy) == ["h264", "aac"]
+    assert np.isfinite(np.concatenate(list(Video(copy).sound()))).all()
+
+
+def test_what_no_film_can_be_made_of_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("vacli.report.film.PICTURE_OPTIONS", {"profile": "no such profile"})
+    video = film(tmp_path / "a.avi")
+    with pytest.raises(VacliError, match=r"a\.avi: no mp4 can be made of it .*convert it to H\.264$"):
+        playable(video, tmp_path / "copy.mp4", Video)
+    assert os.listdir(tmp_path) == ["a.avi"]
 
 
 class Stopped(Video):
@@ -221,21 +314,9 @@ def test_of_a_real_clip_frames_and_sound_stay_in_their_place(name, real_data, co
     assert np.corrcoef(before[:length], now[:length])[0, 1] > 0.95  # 1 ms aside it is far less
 
 
-def _chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.fixture(scope="module")
-def page():
-    if _chromium() is None and os.environ.get("VACLI_REQUIRE_BROWSER") != "1":
-        pytest.skip("no chromium here (VACLI_REQUIRE_BROWSER=1 makes this a failure)")
-    from playwright.sync_api import sync_playwright
-
-    assert _chromium(), "VACLI_REQUIRE_BROWSER=1, and neither chromium nor google-chrome is installed"
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=_chromium(), args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
+def page(browser):
+    return browser.new_page()
 
 
 SEEK = """async (t) => {

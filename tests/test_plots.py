@@ -81,14 +81,15 @@ def drawn(written) -> Path:
     return written[0].paths[0].parent
 
 
-def test_every_person_and_all_together_are_drawn_and_what_cannot_be_is_told(written, drawn):
+def test_every_person_and_all_together_are_drawn_and_what_cannot_be_is_a_problem(written, drawn):
     found, told = written
     names = ["ann.curve", "bob.curve", "cyd.curve", "circumplex", "labels"]
     assert [path.name for path in found.paths] == [f"{name}.svg" for name in names]
     assert sorted(drawn.iterdir()) == sorted(found.paths)
     assert list(found.problems) == ["broken"]
-    assert "broken.csv" in told[0]
-    assert "could not convert" in told[0]
+    assert "broken.csv" in found.problems["broken"]
+    assert "could not convert" in found.problems["broken"]
+    assert told == [f"5 figures in {drawn}"]  # the problems are for the caller to tell
 
 
 @pytest.mark.parametrize(("format", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -232,7 +233,9 @@ def test_broken_labels_leave_the_curve(tmp_path):
 
 def test_nothing_to_draw_is_said(tmp_path):
     (tmp_path / "x.csv").write_text("frame,time_s,valence,arousal,face\n")
-    with pytest.raises(VacliError, match=r"no curve in .* can be drawn; make some with `vacli predict"):
+    with pytest.raises(
+        VacliError, match=r"no curve in .* can be drawn \(.*has no row.*\); make some with `vacli predict"
+    ):
         write_plots(tmp_path, tmp_path / "plots", "png", lambda line: None)
 
 

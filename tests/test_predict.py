@@ -280,6 +280,18 @@ def test_a_run_that_is_unfinished_absent_or_broken_is_one_line(tmp_path):
             open_run("going", tmp_path)
 
 
+def test_where_no_run_is_found_folds_are_listed_and_the_head_is_trained(tmp_path):
+    write_run(tmp_path / "going", "mamba")
+    for name, text in (("six", '{"figures": {}}'), ("part", "{}"), ("torn", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "folds.json").write_text(text)
+    there = "going (not finished), part (folds, not finished), six (folds), torn (folds that cannot be read)"
+    for wanted, head in (("crossattn", "crossattn"), ("nope", "mamba"), (None, "mamba")):
+        with pytest.raises(VacliError) as refusal:
+            open_run(wanted, tmp_path)
+        assert f"(there: {there}): train one with `vacli train --head {head}`" in str(refusal.value)
+
+
 def test_weights_that_are_missing_cut_or_of_another_network_are_one_line(run, tmp_path):
     weights = (run.path / "weights.safetensors").read_bytes()
     broken = Run(tmp_path, run.about)

@@ -6,11 +6,13 @@ import builtins
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from vacli import VacliError
+from vacli.extract import ray_engine
 from vacli.extract.datasets import find
 from vacli.extract.encoder import make_encoders
 from vacli.extract.people import People
@@ -75,3 +77,21 @@ def test_without_ray_it_is_said_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(VacliError, match=r"pip install 'vacli\[ray\]'"):
         extract_with_ray([], {}, Store(tmp_path / "s.zarr", create=True), People())
+
+
+@pytest.mark.parametrize(("before", "then"), [(None, "0"), ("1", "1")])
+def test_ray_reports_nothing_home_unless_its_user_wants_it(tmp_path, monkeypatch, before, then):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")  # so that what is set meanwhile is undone
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED") if before is None else monkeypatch.setenv(
+        "RAY_USAGE_STATS_ENABLED", before
+    )
+    seen = []
+
+    def init(**_):
+        seen.append(os.environ["RAY_USAGE_STATS_ENABLED"])
+        raise VacliError("enough")
+
+    monkeypatch.setattr(ray_engine, "_ray", lambda: SimpleNamespace(init=init))
+    with pytest.raises(VacliError, match="enough"):
+        extract_with_ray([], {}, Store(tmp_path / "s.zarr", create=True), People())
+    assert seen == [then]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from vacli.cli_submit import submit
 from vacli.store.curves import About, Curve, remember, write_csv
 from vacli.store.submission import HEADERS, SHOWN, check_submission, write_submission
 from vacli.store.track import Track
+
+from .submission_faults import MUTATIONS, by_the_rules
 
 
 def put_curve(
@@ -49,21 +50,6 @@ def right(tmp_path) -> tuple[Path, Path]:
     put_sample(sample, videos)
     write_submission(folder, sample, out)
     return out, sample
-
-
-def by_the_rules(text: bytes, sample: bytes) -> bool:
-    """Whether a VA file is right: the rules once more, read from their text and not from our code."""
-    lines = text.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    if lines[:1] != [b"image_location,valence,arousal"]:
-        return False
-    wanted = [line.split(b",")[0] for line in sample.split(b"\n")[1:] if line]
-    rows = [line.split(b",") for line in lines[1:]]
-    if [row[0] for row in rows] != wanted or any(len(row) != 3 for row in rows):
-        return False
-    number = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-    return all(number.fullmatch(v) and -1 <= float(v) <= 1 for row in rows for v in row[1:])
 
 
 def wrong(path: Path, sample: Path | None = None) -> set[str]:
@@ -112,6 +98,20 @@ def test_a_sample_from_windows_is_read_and_ours_has_its_own_line_ends(tmp_path):
     write_submission(tmp_path / "p", tmp_path / "s.txt", tmp_path / "o.txt")
     assert b"\r" not in (tmp_path / "o.txt").read_bytes()
     assert check_submission(tmp_path / "o.txt", tmp_path / "s.txt") == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "is_odd"), [(60, False), (66, False), (500, True), (54, False), (20, True)]
+)
+def test_a_sample_of_another_length_than_the_video_is_told_and_ends_with_one(tmp_path, frames, is_odd):
+    put_curve(tmp_path / "p", "a", 60)
+    put_sample(tmp_path / "s.txt", {"a": frames})
+    made = write_submission(tmp_path / "p", tmp_path / "s.txt", tmp_path / "o.txt")
+    assert made.unlike == ({"a": (frames, 60)} if is_odd else {})
+    words = [str(tmp_path / "p"), "--sample", str(tmp_path / "s.txt"), "--out", str(tmp_path / "o.txt")]
+    result = CliRunner().invoke(submit, words)
+    assert result.exit_code == is_odd
+    assert ("is it the same, whole video?" in result.output) == is_odd
 
 
 def test_frames_beyond_the_end_of_the_curve_hold_its_last_row_and_are_counted(tmp_path):
@@ -249,62 +249,6 @@ def test_what_cannot_be_had_is_refused(tmp_path):
 
 
 # ---- checking ------------------------------------------------------------------------------------------------
-
-Lines = list[bytes]
-MUTATIONS: dict[str, tuple[Callable[[Lines], object], str]] = {
-    "no header": (lambda x: x.pop(0), "no header"),
-    "another header": (lambda x: x.__setitem__(0, b"image_location,arousal,valence"), "a wrong header"),
-    "capitals": (lambda x: x.__setitem__(0, b"Image_location,Valence,Arousal"), "a wrong header"),
-    "a space in the header": (
-        lambda x: x.__setitem__(0, b"image_location, valence,arousal"),
-        "a wrong header",
-    ),
-    "a blank line for a header": (lambda x: x.__setitem__(0, b""), "a wrong header"),
-    "nothing but a header": (lambda x: x.__delitem__(slice(1, None)), "no rows"),
-    "nothing": (lambda x: x.clear(), "no rows"),
-    "a row lost": (lambda x: x.pop(7), "rows of the sample that are missing (its lines)"),
-    "the last row lost": (lambda x: x.pop(), "rows of the sample that are missing (its lines)"),
-    "a row twice": (lambda x: x.insert(9, x[8]), "rows that were there before"),
-    "the first row again at the end": (lambda x: x.append(x[1]), "rows that were there before"),
-    "a foreign row": (lambda x: x.append(b"other/00001.jpg,0,0"), "rows that the sample does not have"),
-    "a frame too many": (lambda x: x.append(b"video_b/00004.jpg,0,0"), "rows that the sample does not have"),
-    "two rows exchanged": (lambda x: x.insert(4, x.pop(5)), "rows that should stand further up"),
-    "a row moved to the end": (lambda x: x.append(x.pop(5)), "rows that should stand further up"),
-    "sorted by name": (lambda x: x.reverse() or x.insert(0, x.pop()), "rows that should stand further up"),
-    "out of range": (lambda x: cell(x, 3, 1, b"1.000001"), "values outside [-1, 1]"),
-    "out of range below": (lambda x: cell(x, 3, 2, b"-1.5"), "values outside [-1, 1]"),
-    "infinite": (lambda x: cell(x, 3, 2, b"-inf"), "values outside [-1, 1]"),
-    "NaN": (lambda x: cell(x, 3, 1, b"nan"), "values that are NaN"),
-    "-5 left": (lambda x: cell(x, 3, 1, b"-5"), "values of -5, which marks a frame without annotation"),
-    "-5.0 left": (lambda x: cell(x, 3, 2, b"-5.000"), "values of -5, which marks a frame without annotation"),
-    "a word": (lambda x: cell(x, 3, 1, b"high"), "values that are no number"),
-    "nothing there": (lambda x: cell(x, 3, 2, b""), "values that are no number"),
-    "a number as only Python has it": (lambda x: cell(x, 3, 2, b"0_1"), "values that are no number"),
-    "a comma for a point": (lambda x: cell(x, 3, 1, b"0,5"), "rows with another number of values than 2"),
-    "a column lost": (lambda x: x.__setitem__(3, x[3].rpartition(b",")[0]), "rows with another number"),
-    "semicolons": (lambda x: x.__setitem__(3, x[3].replace(b",", b";")), "rows that do not begin with"),
-    "no image": (lambda x: cell(x, 3, 0, b"12-24-1920x1080/3"), "rows that do not begin with"),
-    "a number of four digits": (
-        lambda x: cell(x, 3, 0, b"12-24-1920x1080/0003.jpg"),
-        "rows that the sample does not have",
-    ),
-    "a blank line": (lambda x: x.insert(5, b""), "blank lines"),
-    "a line of spaces": (lambda x: x.insert(5, b"  "), "blank lines"),
-    "a blank line at the end": (lambda x: x.append(b""), "blank lines"),
-    "a byte order mark": (lambda x: x.__setitem__(0, b"\xef\xbb\xbf" + x[0]), "a byte order mark"),
-    "CR LF": (lambda x: x.__setitem__(slice(None), [y + b"\r" for y in x]), "lines that end in CR LF"),
-    "CR LF once": (lambda x: x.__setitem__(6, x[6] + b"\r"), "lines that end in CR LF"),
-    "a space at the end": (lambda x: x.__setitem__(6, x[6] + b" "), "spaces beside a value"),
-    "a tab before": (lambda x: x.__setitem__(6, b"\t" + x[6]), "spaces beside a value"),
-    "a space after a comma": (lambda x: x.__setitem__(6, x[6].replace(b",", b", ")), "spaces beside a value"),
-    "no UTF-8": (lambda x: cell(x, 3, 0, b"\xff/00003.jpg"), "rows that do not begin with"),
-}
-
-
-def cell(lines: Lines, row: int, column: int, text: bytes) -> None:
-    cells = lines[row].split(b",")
-    cells[column] = text
-    lines[row] = b",".join(cells)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -469,7 +413,7 @@ def test_the_command_writes_checks_and_tells_the_rules(tmp_path):
     assert told.exit_code == 0, told.output
     assert "4 rows of 1 videos" in told.stdout
     assert "nothing wrong found" in told.stdout
-    assert "a: 1 frames beyond the end" in told.stderr
+    assert "a: 1 frame(s) beyond the end" in told.stderr
     assert "five submissions" in told.stderr
     assert "EULA" in told.stderr
     assert by_the_rules((tmp_path / "o.txt").read_bytes(), (tmp_path / "s.txt").read_bytes())

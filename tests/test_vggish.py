@@ -196,9 +196,9 @@ def test_no_sound_is_an_empty_track(small):
 def test_a_long_sound_is_never_held(small, monkeypatch):
     monkeypatch.setattr(logmel, "_BLOCK_ROWS", 30)
     lengths = []
-    whole = VGGish._embed
+    whole = VGGish.embed
     monkeypatch.setattr(
-        VGGish, "_embed", lambda s, held, *rest: lengths.append(len(held)) or whole(s, held, *rest)
+        VGGish, "embed", lambda s, held, *rest: lengths.append(len(held)) or whole(s, held, *rest)
     )
     make(small, hop_s=1.0)(iter([noise(0.1)] * 200))
     assert len(lengths) == 20

@@ -1,25 +1,7 @@
-/* The page of training runs: tables that sort, and charts that are drawn when they come into sight. */
+/* The page of training runs: charts that are drawn when they come into sight. */
 "use strict";
 (function () {
   const runs = JSON.parse(document.getElementById("data").textContent).runs;
-  const order = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
-
-  /* Rows without a value come last, whichever way. */
-  function sort(table, head) {
-    const column = head.cellIndex, is_number = head.classList.contains("number");
-    const now = head.getAttribute("aria-sort"), is_down = now ? now === "ascending" : is_number; // the best first
-    const key = (row) => row.cells[column].dataset.key ?? row.cells[column].textContent.trim();
-    const compare = (a, b) => (is_down ? -1 : 1) * (is_number ? Number(a) - Number(b) : order.compare(a, b));
-    const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
-    rows.sort(([a], [b]) => (a === "" || b === "" ? (a === "") - (b === "") : compare(a, b)));
-    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", is_down ? "descending" : "ascending");
-    table.tBodies[0].append(...rows.map(([, row]) => row));
-  }
-  for (const table of document.querySelectorAll("table.sortable")) {
-    for (const head of table.tHead.rows[0].cells) head.querySelector("button").addEventListener("click", () => sort(table, head));
-  }
-
   const look = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const KINDS = {

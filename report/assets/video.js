@@ -154,15 +154,17 @@
 
   // ---- the video -------------------------------------------------------------------------------------------
 
+  const is_there = () => !video.seeking && wanted_s === null; // and not between two jumps
+
   function follow() {
     const has_frames = "requestVideoFrameCallback" in HTMLVideoElement.prototype;
     const each = (_, frame) => {
-      if (!video.seeking && !video.paused) show(frame.mediaTime);
+      if (is_there() && !video.paused) show(frame.mediaTime);
       video.requestVideoFrameCallback(each);
     };
     if (has_frames) video.requestVideoFrameCallback(each);
     const tick = () => { if (!video.paused) { show(video.currentTime); requestAnimationFrame(tick); } };
-    video.addEventListener("timeupdate", () => { if (!video.seeking && video.paused) show(video.currentTime); });
+    video.addEventListener("timeupdate", () => { if (is_there() && video.paused) show(video.currentTime); });
     video.addEventListener("seeking", () => { if (wanted_s === null) show(video.currentTime); });
     video.addEventListener("seeked", () => {
       if (wanted_s === null) return;
