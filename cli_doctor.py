@@ -67,7 +67,11 @@ def _verdict(found: dict[str, Any]) -> str:
     count = {kind: len(told) for kind, told in found["problems"].items()}
     if not any(count.values()):
         unready = [command for command, needs in found["needs"].items() if needs and any(needs.values())]
-        return f"all well, but {' and '.join(unready)} not ready: see there" if unready else "all well"
+        return (
+            f"all well with what is needed; not ready: {', '.join(unready)} (see below)"
+            if unready
+            else "all well"
+        )
     said = (
         _counted(count["missing"], "thing is missing", "things are missing"),
         _counted(count["unreadable"], "cannot be read", "cannot be read"),

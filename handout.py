@@ -155,7 +155,8 @@ class HandOut:
             csv=csv,
             problem=_without(sample.source, outcome.problem),
             warning=_without(sample.source, outcome.warning),
-            run={**self._run, "trained_on_it": bool(names & self._trained_on)},
+            trained_on=bool(names & self._trained_on),
+            run=self._run,
         )
 
     def _remember_problems(self, outcomes: list[Outcome]) -> None:

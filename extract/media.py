@@ -408,11 +408,8 @@ def _promised_s(container: Any, stream: Any) -> float:
     if (
         container.format.name == "avi"
     ):  # its durations are recomputed from what is there, its frame count is not
-        return (
-            float(stream.frames / stream.average_rate)
-            if stream.type == "video" and stream.average_rate
-            else 0.0
-        )
+        counts = stream.type == "video" and stream.average_rate
+        return float(stream.frames / stream.average_rate) if counts else 0.0
     return ((container.start_time or 0) + (container.duration or 0)) / 1e6
 
 

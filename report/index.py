@@ -21,7 +21,7 @@ class Row:
     """One person in one video, as a folder's page has him.
 
     link: URL of his page, relative to the folder, empty where there is none. person: empty where he is the only one.
-    mean: valence and arousal. problem, warning: as store.curves.About has them, and what was found since.
+    mean: valence and arousal. problem, warning, trained_on: as store.curves.About has them, and what was found since.
     """
 
     name: str
@@ -34,13 +34,14 @@ class Row:
     length_s: float = np.nan
     face_share: float = np.nan
     agreement: Moments | None = field(default=None, repr=False)
+    trained_on: bool = False
 
 
 def index_page(rows: Sequence[Row]) -> str:
     """The document for all rows, in the order of their names; those without a curve are among the failures only."""
     rows = sorted(rows, key=lambda row: (_natural(row.name), row.person))
     curves = [row for row in rows if row.link]
-    labelled = [row.agreement for row in curves if row.agreement is not None]
+    labelled = [row for row in curves if row.agreement is not None]
     heads = ["Video", "Curve", "Valence", "Arousal", "Length", "Face"]
     heads += ["CCC valence", "CCC arousal"] if labelled else []
     failed = [row for row in rows if row.problem]
@@ -125,20 +126,28 @@ def _digits(part: str) -> tuple[int, str]:
 def _lead(curves: Sequence[Row], failed: Sequence[Row]) -> str:
     total_s = float(np.nansum([row.length_s for row in curves])) if curves else 0.0
     said = [f"{len(curves)} curve{'' if len(curves) == 1 else 's'}", clock(total_s)]
-    return " · ".join([*said, f"{len(failed)} failed"] if failed else said)
+    whole = sum(not row.link for row in failed)
+    said += [f"{whole} failed"] if whole else []
+    return " · ".join([*said, f"{len(failed) - whole} failed in part"] if len(failed) > whole else said)
 
 
-def _figures(labelled: Sequence[Moments]) -> str:
-    """CCC over all rows of all labelled videos, as the challenge has it."""
-    if not labelled:
+def _figures(labelled: Sequence[Row]) -> str:
+    """CCC over all rows of all labelled videos, as the challenge has it; without those the run was trained on."""
+    others = [row for row in labelled if not row.trained_on]
+    found = [row.agreement for row in others or labelled if row.agreement is not None]
+    if not found:
         return ""
-    first, *rest = labelled
-    valence, arousal = sum(rest, first).ccc()
-    many = f"{len(labelled)} labelled curve{'' if len(labelled) == 1 else 's'}"
+    valence, arousal = sum(found[1:], found[0]).ccc()
+    many = f"over all frames of {len(found)} labelled curve{'' if len(found) == 1 else 's'}"
+    seen = len(labelled) - len(others)
+    if not others:
+        many += ", all of videos that the run was trained on: it says nothing of others"
+    elif seen:
+        many += f"; {seen} more, of videos that the run was trained on, are left out"
     return (
         f'<ul class="figures"><li><b class="valence">{signed(valence, 3)}</b>CCC valence</li>'
         f'<li><b class="arousal">{signed(arousal, 3)}</b>CCC arousal</li>'
-        f'<li class="soft">over all frames of {many}</li></ul>'
+        f'<li class="soft">{many}</li></ul>'
     )
 
 
@@ -167,7 +176,11 @@ def _line(row: Row, place: int, has_labels: bool) -> str:
     """data-key is what the column is sorted by: of names their place among the names."""
     notes = "".join(
         f'<small class="{kind}">{word}</small>'
-        for kind, word, said in (("bad", "failed in part", row.problem), ("odd", "see notes", row.warning))
+        for kind, word, said in (
+            ("bad", "failed in part", row.problem),
+            ("odd", "see notes", row.warning),
+            ("soft", "the run was trained on it", row.trained_on),
+        )
         if said
     )
     cells = [

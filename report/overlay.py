@@ -66,7 +66,8 @@ def _drawn(
             seen = bool(curve.face[row])
             if seen and boxes is not None and np.isfinite(boxes[row]).all():
                 pen.box(boxes[row])
-            pen.signs(who if seen else [*who, ("no face: filled in", WARNING)])
+            absent = "no face: filled in" if curve.face.any() else "no face"
+            pen.signs(who if seen else [*who, (absent, WARNING)])
             first = int(np.searchsorted(times_s, times_s[row] - TAIL_S))
             pen.gauge(corner, values[first : row + 1], seen)
         yield rgb, time_s

@@ -180,6 +180,7 @@ def _row(person: _Person, link: str, is_alone: bool, lost: str) -> Row:
         person.length_s,
         float(curve.face.mean()),
         person.agreement,
+        about.trained_on,
     )
 
 
@@ -253,6 +254,7 @@ def _video_page(
         lead=text(_lead(people)),
         notices=_notices([p.about for p in people] + list(failed)),
         people=_choice(people),
+        filled=": filled in from its neighbours" if any(p.curve.face.any() for p in people) else "",
         video=video if source else "",
         video_problem=text(f"{lost[:1].upper()}{lost[1:]}. The curves work without it.") if lost else "",
         video_problem_hidden="" if lost else " hidden",
@@ -288,7 +290,8 @@ def _lead(people: Sequence[_Person]) -> str:
     frames = len(first.curve.track)
     said = [clock(first.length_s), f"{frames:,} frame{'' if frames == 1 else 's'}"]
     if len(people) > 1:
-        return " · ".join([*said, f"{len(people)} people"])
+        # main, left and 1 may be the same person, chosen otherwise
+        return " · ".join([*said, f"{len(people)} curves"])
     return " · ".join([*said, f"a face in {first.curve.face.mean():.0%}"])
 
 
@@ -329,6 +332,8 @@ def _facts(index: int, person: _Person, here: Path) -> str:
     if person.agreement is not None:
         facts["CCC"] = "valence {}, arousal {}".format(*(signed(c, 3) for c in person.agreement.ccc()))
         facts["Labelled"] = f"{int(person.agreement.count):,} frames"
+    if about.trained_on:
+        facts["Training"] = "the run was trained on this video: the CCC says nothing of others"
     facts |= {_titled(key): _said(value) for key, value in about.run.items()}
     lines = [f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != ""]
     if about.csv is not None:

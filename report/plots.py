@@ -77,8 +77,10 @@ def write_plots(
     """Draw a folder of curves into `out`: <id>.curve, circumplex, and labels where there are any, each .<format>.
 
     The circumplex counts the frames in which a face was seen; labels, and every CCC, all labelled frames, as the
-    challenge has it. What cannot be read is among the problems and stops nothing else. The same curves give the same
-    bytes. Raises VacliError where matplotlib is not installed, nothing can be drawn, or `out` cannot be written.
+    challenge has it, but for the videos that the run was trained on. What cannot be read is among the problems and
+    stops nothing else. The same curves give the same bytes.
+
+    Raises VacliError where matplotlib is not installed, nothing can be drawn, or `out` cannot be written.
     """
     matplotlib = _import_matplotlib()
     plots, sums = Plots(), _Sums()
@@ -86,7 +88,7 @@ def write_plots(
         for about in recall(Path(folder)):
             drawn = _read(about, plots.problems)
             if drawn is not None:
-                sums.add(*drawn)
+                sums.add(*drawn, about.trained_on)
                 _save(_curve_figure(about, *drawn), Path(out) / f"{about.id}.curve.{format}", format, plots)
         if sums.rows:
             _save(_circumplex_figure(sums), Path(out) / f"circumplex.{format}", format, plots)
@@ -96,6 +98,10 @@ def write_plots(
         odd = "".join(f" ({why})" for why in list(plots.problems.values())[:1])
         raise VacliError(
             f"no curve in {folder} can be drawn{odd}; make some with `vacli predict --video DIR --out {folder}`"
+        )
+    if sums.trained_on:
+        tell(
+            f"the run was trained on {sums.trained_on} of the labelled videos: they are not in the figure of labels"
         )
     tell(f"{len(plots.paths)} figures in {out}")
     return plots
@@ -145,16 +151,20 @@ class _Sums:
         self.against = np.zeros((2, _CELLS, _CELLS))  # of V and of A: label by prediction
         self.moments: Moments | None = None
         self.videos = 0
+        self.trained_on = 0  # labelled, and left out
 
     @property
     def rows(self) -> int:
         return int(self.plane.sum())
 
-    def add(self, curve: Curve, labels: np.ndarray | None) -> None:
+    def add(self, curve: Curve, labels: np.ndarray | None, trained_on: bool = False) -> None:
         values = curve.track.values
         self.plane += _counts(*values[curve.face & curve.track.valid].T)
         self.videos += 1
         if labels is None:
+            return
+        if trained_on:
+            self.trained_on += 1
             return
         moments = Moments.of(values, labels)
         self.moments = moments if self.moments is None else self.moments + moments

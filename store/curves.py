@@ -66,7 +66,8 @@ class About:
     id: unique in the folder, and the CSV's name without its suffix. video_id: the same for everybody in one video.
     name: what people call the video, a path below the folder that was asked for; any characters. video: the file with
     the pictures. labels: a VA file of his (store.labels.read_va). csv: the curve; None where a problem left none.
-    problem: what could not be had. warning: odd, but as it should be. run: what made the curve, for people to read.
+    problem: what could not be had. warning: odd, but as it should be. trained_on: the run that made the curve was
+    trained on this video: its agreement with labels says nothing of others. run: what made the curve, for people.
     """
 
     id: str
@@ -78,6 +79,7 @@ class About:
     csv: Path | None = None
     problem: str | None = None
     warning: str | None = None
+    trained_on: bool = False
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -229,6 +231,8 @@ def _read(folder: Path, path: Path) -> About | None:
         if facts.keys() != {f.name for f in fields(About)} or not isinstance(facts["run"], dict):
             return None
         if not all(isinstance(facts[key], str) for key in ("id", "video_id", "name", "person")):
+            return None
+        if not isinstance(facts["trained_on"], bool):
             return None
         if not all(isinstance(facts[key], str | None) for key in (*_PATHS, "problem", "warning")):
             return None

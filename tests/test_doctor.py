@@ -200,7 +200,7 @@ def test_the_newest_run_is_judged_by_its_own_weights(tmp_path):
     )
     result = call()
     assert result.exit_code == 0, result.stdout
-    assert result.stdout.startswith("all well, but extract not ready")
+    assert result.stdout.startswith("all well with what is needed; not ready: extract (see below)\n")
     assert "predict     with runs/new, which reads mae, logmel: all is there" in result.stdout
     assert "extract     with mae, logmel: not ready\n            mae: no weights" in result.stdout
     assert call("--encoder", "mae").exit_code == 1  # asked for by name

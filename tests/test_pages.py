@@ -279,6 +279,26 @@ def test_ccc_is_that_of_the_labels(tmp_path):
     assert keys[1] == ""  # without labels there is none
 
 
+@pytest.mark.parametrize("trained_on", [("one",), ("one", "two")])
+def test_what_the_run_was_trained_on_does_not_flatter_its_ccc(tmp_path, trained_on):
+    figures = {}
+    for name, error in (("one", 0.0), ("two", 0.5)):
+        curve = a_curve(200)
+        labels = np.clip(curve.track.values + error, -1, 1)
+        path = tmp_path / f"{name}.txt"
+        path.write_text("valence,arousal\n" + "".join(f"{v:.6f},{a:.6f}\n" for v, a in labels))
+        put(tmp_path / "p", f"{name}.mp4", curve, labels=path, trained_on=name in trained_on)
+        figures[name] = (curve.track.values, labels)
+    index = _Read(write_pages(tmp_path / "p").index)
+    judged = [figures[name] for name in figures if name not in trained_on] or list(figures.values())
+    assert index.texts["b"][:2] == [f"{c:.3f}" for c in ccc_of_tracks(judged)]
+    said = " ".join(index.texts["li"])
+    assert ("it says nothing of others" in said) == (len(trained_on) == 2)
+    assert ("1 more, of videos that the run was trained on, are left out" in said) == (len(trained_on) == 1)
+    assert index.texts["small"] == ["the run was trained on it"] * len(trained_on)
+    assert "the run was trained on this video" in " ".join(_Read(tmp_path / "p" / "one.html").texts["dd"])
+
+
 def test_a_row_of_the_index_says_what_its_curve_says(tmp_path):
     curve = a_curve(100, rate_hz=10)
     put(tmp_path, "one.mp4", curve)

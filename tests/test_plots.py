@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from vacli import VacliError
 from vacli.report import plots
 from vacli.report.plots import Plots, drawable, write_plots
-from vacli.store.curves import About, Curve, remember, write_csv
+from vacli.store.curves import About, Curve, recall, remember, write_csv
 from vacli.store.labels import ccc_of_tracks
 from vacli.store.names import plain_id
 from vacli.store.track import Track
@@ -122,6 +124,19 @@ def test_ccc_is_that_of_the_person_and_of_all_labelled_frames_together(drawn):
     assert f"Arousal, CCC {arousal:.3f}" in said
     assert "160 labelled frames" in said
     assert "CCC" not in " ".join(words(drawn / "cyd.curve.svg"))
+
+
+def test_the_figure_of_labels_is_without_what_the_run_was_trained_on(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "p")
+    (ann,) = [about for about in recall(tmp_path / "p") if about.id == "ann"]
+    remember(tmp_path / "p", replace(ann, trained_on=True))
+    told: list[str] = []
+    write_plots(tmp_path / "p", tmp_path / "drawn", "svg", told.append)
+    said = " ".join(words(tmp_path / "drawn" / "labels.svg"))
+    labels = 0.5 * curve_of(1).track.values + 0.1
+    labels[30:40] = np.nan
+    assert f"Valence, CCC {ccc_of_tracks([(curve_of(1).track.values, labels)])[0]:.3f}" in said
+    assert any("trained on 1 of the labelled videos" in line for line in told)
 
 
 def test_legend_names_what_is_there_and_nothing_else(drawn):
