@@ -50,13 +50,14 @@ def examine(video: Path | None, encoders: Sequence[str], store: str, runs: str) 
     """
     from .extract import checkup
     from .extract.checkup import DEFAULT_ENCODERS
+    from .extract.device import choose_dtype
     from .temporal.checkup import scan_here, torch_here
 
     named, encoders = bool(encoders), list(encoders) or list(DEFAULT_ENCODERS)
     found: Tree = {
         "machine": _look(_machine),
         "packages": {name: _version(name) for name in _NEEDED_PACKAGES},
-        "torch": _look(torch_here),
+        "torch": _look(lambda: {**torch_here(), "bfloat16": choose_dtype(None, None, True) == "bfloat16"}),
         "scan": _look(scan_here),
         "codecs": _look(checkup.codecs_here),
         "faces": {

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def torch_here() -> dict[str, Any]:
-    """torch's version, the CUDA it was built for, each GPU with its memory (bytes), and whether bfloat16 gains.
+    """torch's version, the CUDA it was built for, and each GPU with its memory (bytes).
 
     Imports torch (2 s).
     """
@@ -20,12 +20,7 @@ def torch_here() -> dict[str, Any]:
         about = torch.cuda.get_device_properties(i)
         free, _ = torch.cuda.mem_get_info(i)
         gpus.append({"name": about.name, "memory_bytes": about.total_memory, "free_bytes": free})
-    return {
-        "version": torch.__version__,
-        "built_for_cuda": torch.version.cuda,
-        "gpus": gpus,
-        "bfloat16": torch.cuda.is_bf16_supported() if gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    }
+    return {"version": torch.__version__, "built_for_cuda": torch.version.cuda, "gpus": gpus}
 
 
 def scan_here() -> dict[str, Any]:
