@@ -207,14 +207,17 @@ def _run_facts(found: Run | Folds, smooth: bool) -> dict[str, Any]:
 
     run, folds = (found.first, found) if isinstance(found, Folds) else (found, None)
     ccc = folds.about["figures"]["out_of_fold"] if folds else run.about["figures"]
+    judges = f"{len(run.about['validation'])} validation videos"
+    if folds:
+        judges = "data, each video by the fold that did not train on it"
     return {
         "run": found.path.name,
         "head": run.preset.name,
         "streams": list(run.dims),
         "folds": len(folds.runs) if folds else None,
-        "validation": f"CCC V {ccc['valence']:.3f} A {ccc['arousal']:.3f} mean {ccc['mean']:.3f}",
-        "smoothing": in_words(run.smoothing) if smooth else "none",
-        "vacli": __version__,
+        "judged": f"CCC V {ccc['valence']:.3f} A {ccc['arousal']:.3f} mean {ccc['mean']:.3f} on its {judges}",
+        "smoothing": in_words(run.smoothing).replace("+-", "±") if smooth else "none",
+        "made_by": f"vacli {__version__}",
     }
 
 

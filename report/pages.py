@@ -318,7 +318,7 @@ def _facts(index: int, person: _Person, here: Path) -> str:
     about, curve = person.about, person.curve
     valence, arousal = _means(curve)
     facts: dict[str, Any] = {
-        "Person": about.person,
+        "Person": "" if about.person == "main" else about.person,
         "Frames": f"{len(curve.track):,}",
         "Length": clock(person.length_s),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .track import Track
 HEADER = ("frame", "time_s", "valence", "arousal", "face", "person", "valence_std", "arousal_std")
 RECORDS = ".vacli"  # the folder of the records, in a folder of curves
 _FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATHS = ("video", "labels", "csv")  # of a record
 _LONGEST_NAME = 4096  # bytes, and those of a path on Linux
 _LONGEST_S = 1e9  # some 30 years: a time stamp may count from anywhere
@@ -152,9 +154,8 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             yield f
         os.replace(aside, path)
     except OSError as e:
-        raise VacliError(
-            f"cannot write {path}: {e.strerror or e}; free some space, or use another --out"
-        ) from e
+        mend = "free some space, or " if e.errno in _FULL else ""
+        raise VacliError(f"cannot write {path}: {e.strerror or e}; {mend}use another --out") from e
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
