@@ -18,6 +18,7 @@ from .cli_store import STORE
 from .cli_temporal import RUN, RUNS
 
 if TYPE_CHECKING:
+    from .report.pages import Pages
     from .store.curves import About
     from .temporal.folds import Folds
     from .temporal.predict import Run
@@ -97,11 +98,11 @@ def predict(
     hand_out = HandOut(found, store, out, not no_smooth, formats, overlay, tell)
     outcomes = hand_out.all(paths, by_name(options), person, detector, every)
     tell(f"{hand_out.written} of {len(outcomes)} curves in {out}/ by {found.path}")
-    wrong = _report(out, tell) if not no_report else {}
+    pages = None if no_report else _report(out, tell)
     if as_json:
         print_json([_told(hand_out.abouts[o.sample.id]) for o in outcomes])
     summarise(outcomes, store, tell)
-    if wrong:
+    if pages and pages.problems:  # that labels cannot be read takes nothing from a prediction
         sys.exit(1)
 
 
@@ -120,8 +121,9 @@ def report(folder: Path) -> None:
 
         presets = {name: load_preset(name).model_dump() for name in preset_names()}
         say(f"{write_training_page(folder, say, presets)}: open it in a browser")
-    elif _report(folder, say):
-        sys.exit(1)
+    else:
+        pages = _report(folder, say)
+        sys.exit(bool(pages.problems or pages.unread_labels))
 
 
 @click.command()
@@ -150,8 +152,8 @@ def _told(about: About) -> dict[str, Any]:
     }
 
 
-def _report(folder: Path, tell: Callable[[str], object]) -> dict[str, str]:
-    """The pages; copies for the browser show a bar each. What could not be shown, by name, is told and returned."""
+def _report(folder: Path, tell: Callable[[str], object]) -> Pages:
+    """The pages; copies for the browser show a bar each. What could not be shown is told, and returned."""
     from tqdm import tqdm
 
     from .extract.media import Video
@@ -165,10 +167,10 @@ def _report(folder: Path, tell: Callable[[str], object]) -> dict[str, str]:
             return playable(video, copy, Video, tell, bar.update)
 
     pages = write_pages(folder, tell, played)
-    for name, problem in pages.problems.items():
+    for name, problem in [*pages.problems.items(), *pages.unread_labels.items()]:
         click.echo(printable(f"not shown: {name}: {problem}"), err=True)
     tell(f"{pages.index}: open it in a browser")
-    return pages.problems
+    return pages
 
 
 def _live(

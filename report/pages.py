@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,10 +27,11 @@ _AXES = ("valence", "arousal")
 
 @dataclass(frozen=True)
 class Pages:
-    """What was written: the page of the folder, and name -> what of a curve or its labels could not be shown."""
+    """What was written: the page of the folder, and by name why a curve, or its labels, could not be shown."""
 
     index: Path
     problems: dict[str, str] = field(default_factory=dict)
+    unread_labels: dict[str, str] = field(default_factory=dict)
 
 
 Playable = Callable[[Path, Path], Path | None]
@@ -58,7 +60,7 @@ def write_pages(
 ) -> Pages:
     """Write folder/<video_id>.html for each video, and folder/index.html.
 
-    A CSV or labels that cannot be read, a page that cannot be written: the pages and the problems say so, and the
+    A CSV or labels that cannot be read, a page that cannot be written: the pages and what is returned say so, and the
     others go on. Of a lost video the pages say so and `tell` is told: its curve is shown without it. A video in which
     nobody has a curve any more loses its page. Raises VacliError where there is no curve at all, or the index cannot
     be written.
@@ -70,7 +72,7 @@ def write_pages(
         videos.setdefault(about.video_id, []).append(about)
     rows: list[Row] = []
     for video_id, people in videos.items():
-        rows += _write_video(folder, video_id, people, pages.problems, tell, playable)
+        rows += _write_video(folder, video_id, people, pages, tell, playable)
     with whole_file(pages.index) as f:
         f.write(index_page(rows))
     return pages
@@ -80,16 +82,16 @@ def _write_video(
     folder: Path,
     video_id: str,
     abouts: Sequence[About],
-    problems: dict[str, str],
+    pages: Pages,
     tell: Callable[[str], object],
     playable: Playable,
 ) -> list[Row]:
     """One page, if anybody in the video has a curve; a row for each person either way."""
     is_alone = len(abouts) == 1
 
-    def note(about: About, e: VacliError) -> None:
+    def note(notes: dict[str, str], about: About, e: VacliError) -> None:
         name = about.name if is_alone else f"{about.name} ({about.person})"
-        problems[name] = _joined(problems.get(name), e)
+        notes[name] = _joined(notes.get(name), e)
 
     people: list[_Person] = []
     failed: list[About] = []
@@ -98,9 +100,9 @@ def _write_video(
             if about.csv is None:
                 failed.append(about)
             else:
-                people.append(_person(about, read_csv(about.csv), note))
+                people.append(_person(about, read_csv(about.csv), partial(note, pages.unread_labels)))
         except VacliError as e:
-            note(about, e)
+            note(pages.problems, about, e)
             failed.append(replace(about, problem=_joined(about.problem, e)))
     page = folder / _page_of(video_id)
     odd = ""
@@ -111,7 +113,7 @@ def _write_video(
             _remove(page)
     except VacliError as e:
         for about in [p.about for p in people] or failed[:1]:
-            note(about, e)
+            note(pages.problems, about, e)
         failed += [replace(p.about, problem=_joined(p.about.problem, e)) for p in people]
         people = []
     link = _url(page, folder)

@@ -183,9 +183,10 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path):
     listed = " ".join(_Read(pages.index).texts["li"])
     for reason in ("moov atom not found", "'?'", "has no row", "gone.mp4 any more", "gone.txt"):
         assert reason in listed
-    assert list(pages.problems) == ["bad.mp4", "empty.mp4", "no_labels.mp4"]  # not what failed in predict
+    assert list(pages.problems) == ["bad.mp4", "empty.mp4"]  # not what failed in predict
     assert "'?'" in pages.problems["bad.mp4"]
-    assert "gone.txt" in pages.problems["no_labels.mp4"]
+    assert list(pages.unread_labels) == ["no_labels.mp4"]
+    assert "gone.txt" in pages.unread_labels["no_labels.mp4"]
     assert [line.split(":")[0] for line in told] == ["lost.mp4"]  # its curve is shown all the same
     assert "gone.mp4 any more" in " ".join(_Read(tmp_path / "lost.html").texts["p"])
 
@@ -395,9 +396,9 @@ def test_hostile_records_and_curves_stop_nothing(tmp_path):
             f"frame,time_s,valence,arousal,face\n1,{first},0,0,1\n2,{last},0,0,1\n"
         )
     pages = write_pages(tmp_path)
-    assert list(pages.problems) == ["far", "pipe.mp4"]
+    assert list(pages.problems) == ["far"]
     assert "times beyond" in pages.problems["far"]
-    assert "no file" in pages.problems["pipe.mp4"]
+    assert "no file" in pages.unread_labels["pipe.mp4"]
 
 
 @pytest.mark.parametrize(

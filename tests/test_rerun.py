@@ -117,7 +117,7 @@ def go(folder: Path, store: Store, *names: str, **options: dict[str, str]) -> di
 
 
 def forbid_decoding(monkeypatch) -> None:
-    monkeypatch.setattr(Video, "_open", lambda self: pytest.fail(f"{self} was opened"))
+    monkeypatch.setattr(Video, "open", lambda self: pytest.fail(f"{self} was opened"))
 
 
 def left_behind(store: Store) -> list[str]:
@@ -537,7 +537,7 @@ def test_an_encoder_that_drifted_is_refused_before_it_adds_to_a_store(
     before = store.entries()
     with monkeypatch.context() as patch:
         patch.setattr(getattr(drifting, name), what, turned)
-        patch.setattr(Video, "_open", lambda self: pytest.fail(f"{self} was opened"))
+        patch.setattr(Video, "open", lambda self: pytest.fail(f"{self} was opened"))
         with pytest.raises(CanaryError) as caught:
             go(folder, store, f"drifting:{name}")
     assert caught.value.fatal
