@@ -19,7 +19,7 @@ _WIDTH = 12  # of the first column
 @click.option("--video", type=click.Path(path_type=Path), help="Videos to estimate time and disk space for.")
 @click.option(
     "--encoder", "encoders", multiple=True, shell_complete=complete_encoders,
-    help="An encoder to be used. May be repeated.  [default: those of the newest run, else mae, logmel]",
+    help="An encoder to be used. May be repeated.  [default: judged by the newest run; estimated for mae, logmel]",
 )  # fmt: skip
 @STORE
 @RUNS

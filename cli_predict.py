@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import printable
+from . import VacliError, printable
 from .cli_extract import OPTIONS, by_name, on_people, say_notes, summarise
 from .cli_shell import JSON, print_json, say
 from .cli_store import STORE
@@ -183,6 +183,7 @@ def _live(
 ) -> None:
     """Frames in, lines of CSV out as they come, until the video ends or Ctrl-C."""
     from .extract.live import LiveFrames
+    from .extract.media import Video
     from .extract.people import People
     from .handout import encoders_of
     from .store import Fingerprints
@@ -192,6 +193,12 @@ def _live(
     head = LiveHead(found)  # whether it can go row by row is known before anything is opened
     encoders = encoders_of(head.run, Fingerprints(), by_name(options))
     say_notes(encoders)
+    if (
+        camera is None
+        and all(e.eats == "sound" for e in encoders.values())
+        and not Video(videos[0]).check().has_sound
+    ):
+        raise VacliError(f"{videos[0]} has no sound, and {found.path} reads nothing else; give another --run")
     frames = LiveFrames(videos[0] if camera is None else camera, encoders, People(detector, every))
     frame_s = _usual_step_s(videos[0]) if camera is None else None
     for number, (moment, values, spread) in enumerate(follow(head, frames, frame_s)):

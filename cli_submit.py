@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .store.submission import Finding, Written
 
 _TRIES = "note: a team has five submissions: check the file, and look at the curves, before you send it"
+_UNLIKE = (
+    "{}: the sample goes to frame {}, its curve has {} rows: is it the same, whole video? "
+    "predict it again with `vacli predict --video FILE`"
+)
 _EULA = (
     "note: Aff-Wild2 is lent under its EULA: annotations, and features made of the videos, must not be passed on; "
     "this file is for the organisers alone"
@@ -45,9 +49,9 @@ def submit(
     (VA, EXPR, AU; told by the header), ends with 1 where something is wrong, and without --sample cannot know which
     rows there must be. Aff-Wild2's EULA forbids passing on its annotations and features made of its videos.
     """
-    from .store.submission import check_submission, write_submission
+    from .store.submission import Finding, check_submission, write_submission
 
-    unlike = False
+    unlike: list[Finding] = []
     if check is None:
         if sample is None:
             raise click.UsageError(
@@ -55,13 +59,13 @@ def submit(
             )
         written = write_submission(folder, sample, out, task)
         _tell_written(written, to_stderr=as_json)
-        unlike = bool(written.unlike)
-    findings = check_submission(check or out, sample)
+        unlike = [Finding(_UNLIKE.format(video, *ends), True, 1) for video, ends in written.unlike.items()]
+    findings = [*unlike, *check_submission(check or out, sample)]
     _tell_findings(check or out, findings, sample, as_json)
     if check is None:
         say(_TRIES, err=True)
     say(_EULA, err=True)
-    sys.exit(unlike or any(finding.wrong for finding in findings))
+    sys.exit(any(finding.wrong for finding in findings))
 
 
 def _tell_written(written: Written, to_stderr: bool) -> None:
@@ -74,12 +78,6 @@ def _tell_written(written: Written, to_stderr: bool) -> None:
     ):
         for video, count in counts.items():
             click.echo(f"warning: {printable(video)}: {count} {what}", err=True)
-    for video, (last, rows) in written.unlike.items():
-        click.echo(
-            f"wrong: {printable(video)}: the sample goes to frame {last}, its curve has {rows} rows: "
-            "is it the same, whole video? predict it again with `vacli predict --video FILE`",
-            err=True,
-        )
     if written.clipped:
         click.echo(f"warning: {written.clipped} values were outside [-1, 1] and were clipped", err=True)
 

@@ -50,7 +50,7 @@ class HandOut:
         self._out, self._smooth, self._tell = out, smooth, tell
         self._formats, self._overlay = formats, overlay
         self._run: dict[str, Any] = {}
-        self._trained_on: set[str] = set()  # ids
+        self._trained_on: dict[str, set[str]] = {}  # by id, the digests of what the run was trained on
         self._labels: dict[str, Path] = {}  # by the id of a sample, before anybody's side or number
         self.abouts: dict[str, About] = {}
         self.written = 0
@@ -74,7 +74,9 @@ class HandOut:
         say_notes(encoders)
         self._run = {**_run_facts(self._found, self._smooth), "notes": _notes(encoders)}
         trained = self._found.runs.values() if isinstance(self._found, Folds) else [self._found]
-        self._trained_on = {id for each in trained for id in each.about.get("train", ())}
+        for each in trained:
+            for id, media in each.about.get("train", {}).items():
+                self._trained_on.setdefault(id, set()).update(media.values())
         with told_when_stopped(samples, self._place) as outcomes:
             extract(
                 samples,
@@ -91,33 +93,80 @@ class HandOut:
         return outcomes
 
     def __call__(self, outcome: Outcome) -> None:
-        from .store.curves import remember, write_csv
+        from .store.curves import recall_one, remember, write_csv
 
         tracks = {name: self._store.get(w.recipe, w.media) for name, w in outcome.tracks.items()}
         curve = _curve(self._found, outcome, tracks, self._smooth)
         path = self._out / f"{outcome.sample.id}.csv"
+        earlier = recall_one(self._out, outcome.sample.id)
+        self._check_place(path, outcome, earlier)
         before = path.read_bytes() if path.is_file() else None
         write_csv(path, curve)
-        about = self._about(outcome, path)
+        about = self._about(outcome, path, earlier.exports if earlier else {})
         remember(self._out, about)
         self.abouts[about.id] = about
         self.written += 1
-        self._export(path, curve, about)
         film = path.with_name(f"{path.stem}.overlay.mp4")
+        if before is not None and before != path.read_bytes() and self._is_our_film(film):
+            film.unlink()  # it showed another curve
+            if not self._overlay:
+                self._tell(f"removed {film}: it showed another curve; --overlay makes it again")
+        self._export(path, curve, about)
         if self._overlay and outcome.sample.video is not None:
             self._write_overlay(film, outcome, curve, tracks)
-        elif before is not None and before != path.read_bytes() and film.is_file():
-            film.unlink()
-            self._tell(f"removed {film}: it showed another curve; --overlay makes it again")
+
+    def _check_place(self, path: Path, outcome: Outcome, earlier: About | None) -> None:
+        """Raises VacliError for a CSV that is not ours; tells of a curve of another video, which goes."""
+        from .store.curves import is_curve
+
+        if path.is_file() and not is_curve(path):
+            raise VacliError(f"{path} is no curve, and is left as it is: move it, or use another --out")
+        other = earlier.video if earlier else None
+        mine = outcome.sample.video
+        if other and mine and other.is_file() and not other.samefile(mine):
+            note = f"note: {path} was of another video, {earlier.name if earlier else ''}; another --out keeps both"
+            click.echo(printable(note), err=True)
 
     def _export(self, path: Path, curve: Curve, about: About) -> None:
-        """The formats asked for, and those of an earlier call, lest they show another curve than the CSV."""
-        from .store import exports
+        """The formats asked for, and ours of an earlier call, lest they show another curve than the CSV.
 
+        What is not (or no longer) as we wrote it is somebody's work, and is left as it is.
+        """
+        from .store import exports
+        from .store.curves import remember
+
+        ours, trouble = dict(about.exports), []
         for format in exports.FORMATS:
             beside = path.with_name(f"{path.stem}.{format}")
-            if format in self._formats or beside.is_file():
+            is_asked = format in self._formats
+            if not is_asked and (format not in ours or not beside.is_file()):
+                ours.pop(format, None)
+                continue
+            if beside.is_file() and ours.get(format) != _sha256(beside):
+                ours.pop(format, None)
+                if is_asked:
+                    trouble.append(f"{beside} is not as vacli wrote it, and is left as it is: move it")
+                continue
+            try:
                 exports.write(beside, curve, about, format)
+                ours[format] = _sha256(beside)
+            except VacliError as e:
+                if is_asked:
+                    raise
+                beside.unlink()
+                ours.pop(format)
+                self._tell(f"removed {beside}: it showed another curve, and cannot be written again: {e}")
+        self.abouts[about.id] = about = replace(about, exports=ours)
+        remember(self._out, about)
+        if trouble:
+            raise VacliError("; ".join(trouble))
+
+    def _is_our_film(self, film: Path) -> bool:
+        from .extract.media import Video
+        from .report.overlay import MADE
+        from .report.playable import comment_of
+
+        return film.is_file() and comment_of(Video(film)) == MADE
 
     def _write_overlay(self, film: Path, outcome: Outcome, curve: Curve, tracks: dict[str, Any]) -> None:
         from .extract.following import BOX
@@ -125,6 +174,8 @@ class HandOut:
         from .report.overlay import write_overlay
 
         assert outcome.sample.video is not None
+        if film.is_file() and not self._is_our_film(film):
+            raise VacliError(f"{film} is a film that vacli did not make, and is left as it is: move it")
         boxes = tracks["faces"].values[:, BOX] if "faces" in tracks else None
         with self._progress(len(curve.track), f"overlay of {printable(outcome.sample.id[-30:])}") as bar:
             write_overlay(Video(outcome.sample.video), film, curve, boxes, bar.update)
@@ -137,14 +188,13 @@ class HandOut:
         alone = {} if sys.stderr.isatty() else {"disable": True}
         return tqdm(total=frames, desc=doing, unit="frame", leave=False, dynamic_ncols=True, **alone)
 
-    def _about(self, outcome: Outcome, csv: Path | None) -> About:
+    def _about(self, outcome: Outcome, csv: Path | None, exports: dict[str, str]) -> About:
         from .store.curves import About
 
         sample = outcome.sample
         # of all people in a video it is the main one's labels that lie beside it
         has_labels = sample.among is None or sample.person == "1"
         its_labels = self._labels.get(sample.among or sample.id) if has_labels else None
-        names = {sample.id, sample.video_id, Path(sample.id).name}
         return About(
             id=sample.id,
             video_id=sample.video_id,
@@ -155,9 +205,19 @@ class HandOut:
             csv=csv,
             problem=_without(sample.source, outcome.problem),
             warning=_without(sample.source, outcome.warning),
-            trained_on=bool(names & self._trained_on),
+            trained_on=self._is_trained_on(outcome),
+            exports=exports,
             run=self._run,
         )
+
+    def _is_trained_on(self, outcome: Outcome) -> bool:
+        """By the bytes; of a video of which the run may know nothing but somebody's crops, by its id."""
+        media = {outcome.media, *(wanted.media for wanted in outcome.tracks.values())}
+        if any(media & digests for digests in self._trained_on.values()):
+            return True
+        knows_files = any(wanted.eats == "sound" for wanted in outcome.tracks.values())
+        ids = {outcome.sample.id, outcome.sample.video_id}
+        return not knows_files and bool(ids & self._trained_on.keys())
 
     def _remember_problems(self, outcomes: list[Outcome]) -> None:
         """Of those without a curve, and what went wrong after a curve was written."""
@@ -171,9 +231,15 @@ class HandOut:
                         printable(f"note: {older} is of an earlier call, when that video could be read"),
                         err=True,
                     )
-                about = self._about(outcome, known.csv if known else None)
+                about = self._about(outcome, known.csv if known else None, known.exports if known else {})
                 self.abouts[about.id] = about
                 remember(self._out, about)
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _without(source: Path, said: str | None) -> str | None:

@@ -22,7 +22,6 @@ CROPS_RATE_HZ = 30.0  # the rate of crops whose video is absent, if no other is 
 # "annotations", "6th ABAW Annotations", "VA_Set", "VA_Estimation_Challenge"
 _ANNOTATIONS = re.compile(r"annotation|^va_(set|estimation)", re.IGNORECASE)
 _SIDE = re.compile(r"_(left|right)$")
-_OVERLAY = ".overlay.mp4"
 _CROP = re.compile(r"(\d+)\.(jpe?g|png)", re.IGNORECASE)
 
 
@@ -182,7 +181,12 @@ def find_all(paths: Sequence[str | Path], crops_rate_hz: float = CROPS_RATE_HZ) 
         if more == lengths:
             break
         lengths = more
-    return sorted((replace(s, id=name) for s, name in zip(samples, ids, strict=True)), key=lambda s: s.id)
+    # whose id says where it lies, his name does too
+    told = (
+        replace(s, id=name, root=common if n else s.root)
+        for s, name, n in zip(samples, ids, lengths, strict=True)
+    )
+    return sorted(told, key=lambda s: s.id)
 
 
 def _is_there(path: Path) -> bool:
@@ -224,13 +228,18 @@ def _videos(root: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is a film that `vacli predict` made: an overlay beside its curve, a copy for the page of its video."""
-    if path.name.endswith(_OVERLAY):
-        return path.with_name(path.name.removesuffix(_OVERLAY) + ".csv").is_file()
-    for folder in path.parents:
-        if folder.name == "media" and (folder.parent / RECORDS).is_dir():
-            return (folder.parent / path.relative_to(folder)).with_suffix(".html").is_file()
-    return False
+    """Whether it is a film that `vacli predict` made, an overlay or a copy for a page: it says so itself."""
+    by_name = path.name.endswith(".overlay.mp4")
+    by_place = any(p.name == "media" and (p.parent / RECORDS).is_dir() for p in path.parents)
+    if not by_name and not by_place:
+        return False
+    import av
+
+    try:
+        with av.open(f"file:{path}", metadata_errors="replace") as film:
+            return film.metadata.get("comment", "").startswith("vacli ")
+    except (av.FFmpegError, OSError):
+        return False
 
 
 def _in_sight(root: Path, paths: Iterable[Path]) -> list[Path]:

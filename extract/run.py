@@ -410,8 +410,11 @@ def _tell(outcome: Outcome, notes: list[Notes], encoders: dict[str, Encoder], si
 
     silence: whether that is a "problem" or a "warning".
     """
+    kind, said = silence, SILENT["problem"]
+    if not any(e.eats == "crops" for e in encoders.values()):
+        kind, said = "problem", "it has no sound, and nothing else of it is read"
     quiet = SILENT["problem"]
-    notes = [{silence if text == quiet else kind: text for kind, text in note.items()} for note in notes]
+    notes = [dict((kind, said) if text == quiet else (k, text) for k, text in note.items()) for note in notes]
     told = {k: list(dict.fromkeys(n[k] for n in notes if k in n)) for k in ("damage", "problem", "warning")}
     if told["damage"]:
         told["problem"] += [*told["damage"], "what could be read is kept; get a whole copy"]

@@ -24,6 +24,7 @@ CORNERS = ("bottom left", "bottom right", "top right")  # where a gauge may be; 
 UNIT_AT_PX, LEAST_UNIT, LEAST_PX = 360, 0.75, 200
 PAD, RADIUS, WORDS = 9, 40, 62  # of the gauge; of its circle; width of its words
 SMALL, SIGN, LARGE = 0.42, 0.44, 0.62  # of letters, as OpenCV has it, at a unit of 1
+MADE = "vacli overlay"  # the comment of such a film: by it we know it again
 TAIL_S = 1.5  # the dot's way so far
 REACH_S = 0.1  # a frame this far from any row of the curve has no values, unless rows lie farther apart
 
@@ -46,7 +47,7 @@ def write_overlay(
     """
     if boxes is not None and boxes.shape != (len(curve.track), 4):
         raise ValueError(f"boxes of {boxes.shape} for a curve of {len(curve.track)} rows; wanted (T, 4)")
-    write_film(out, video, _drawn(each(video), curve, boxes, progress))
+    write_film(out, video, _drawn(each(video), curve, boxes, progress), comment=MADE)
 
 
 def _drawn(

@@ -183,6 +183,7 @@ def _row(person: _Person, link: str, is_alone: bool, lost: str) -> Row:
         float(curve.face.mean()),
         person.agreement,
         about.trained_on,
+        about.labels,
     )
 
 
@@ -335,7 +336,8 @@ def _facts(index: int, person: _Person, here: Path) -> str:
         facts["CCC"] = "valence {}, arousal {}".format(*(signed(c, 3) for c in person.agreement.ccc()))
         facts["Labelled"] = f"{int(person.agreement.count):,} frames"
     if about.trained_on:
-        facts["Training"] = "the run was trained on this video: the CCC says nothing of others"
+        vain = ": the CCC says nothing of others" if person.agreement else ""
+        facts["Training"] = f"the run was trained on this video{vain}"
     facts |= {_titled(key): _said(value) for key, value in about.run.items()}
     lines = [f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != ""]
     if about.csv is not None:

@@ -50,8 +50,12 @@ def playable(
             return video
         fits_mp4 = container.format.name in TIMED and _is_common(pictures, MP4_HOLDS)
     made_of = f"vacli playable {VERSION}: {stat.st_size} bytes of {stat.st_mtime_ns} ns"
-    if copy.is_file() and _comment(source(copy)) == made_of:
-        return copy
+    if copy.is_file():
+        was = comment_of(source(copy)) or ""
+        if was == made_of:
+            return copy
+        if not was.startswith("vacli playable"):
+            raise VacliError(f"{copy} is a film that vacli did not make, and is left as it is: move it away")
     tell(f"{video.name}: browsers do not play it as it is; making {copy}")
     if fits_mp4:
         with contextlib.suppress(av.FFmpegError, ValueError):  # packets that mp4 refuses are decoded
@@ -97,8 +101,8 @@ def _kind(video: Path, container: Any) -> str | None:
         return "webm" if container.format.name.startswith("matroska") and b"webm" in f.read(64) else None
 
 
-def _comment(copy: Source) -> str | None:
-    """What a copy that is there says it was made of."""
+def comment_of(copy: Source) -> str | None:
+    """What a film says of itself; None where it says nothing or cannot be read."""
     with contextlib.suppress(VacliError), copy.open() as (container, _):
         return container.metadata.get("comment")
     return None

@@ -236,7 +236,8 @@ def _title(about: About, curve: Curve, labels: np.ndarray | None) -> str:
     if labels is None:
         return title
     valence, arousal = Moments.of(curve.track.values, labels).ccc()
-    return f"{title}\nCCC  V {valence:.3f}  A {arousal:.3f}  mean {mean_ccc(valence, arousal):.3f}"
+    mark = "  (trained on it)" if about.trained_on else ""
+    return f"{title}\nCCC  V {valence:.3f}  A {arousal:.3f}  mean {mean_ccc(valence, arousal):.3f}{mark}"
 
 
 def drawable(text: str, longest: int) -> str:

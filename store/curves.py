@@ -69,7 +69,8 @@ class About:
     name: what people call the video, a path below the folder that was asked for; any characters. video: the file with
     the pictures. labels: a VA file of his (store.labels.read_va). csv: the curve; None where a problem left none.
     problem: what could not be had. warning: odd, but as it should be. trained_on: the run that made the curve was
-    trained on this video: its agreement with labels says nothing of others. run: what made the curve, for people.
+    trained on this video: its agreement with labels says nothing of others. exports: format -> SHA-256 of that file
+    beside the CSV, as it was written. run: what made the curve, for people.
     """
 
     id: str
@@ -82,6 +83,7 @@ class About:
     problem: str | None = None
     warning: str | None = None
     trained_on: bool = False
+    exports: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +149,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     written so can be made again. Its folder is made. Raises VacliError if it cannot be written.
     """
     aside = path.with_name(f".{folder_of(path.name)}.{os.getpid()}.part")  # a long name has no room for more
+    _sweep(path)
     as_text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,25 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of this file."""
+    for part in path.parent.glob(f".{folder_of(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and int(pid) != os.getpid() and not _lives(int(pid)):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 # ---- the records of a folder of curves -----------------------------------------------------------------------
@@ -203,6 +225,11 @@ def lies_in(folder: Path, path: Path) -> bool:
         return False
 
 
+def recall_one(folder: Path, id: str) -> About | None:
+    """The record of that id; None where there is none that can be read, or its CSV is gone."""
+    return _read(folder, folder / RECORDS / f"{folder_of(id)}.json")
+
+
 def recall(folder: Path) -> list[About]:
     """The records of a folder of curves, sorted by id; a CSV that none speaks of has one without a video.
 
@@ -216,7 +243,7 @@ def recall(folder: Path) -> list[About]:
     known = {about.csv for about in found.values()}
     for path in sorted(folder.rglob("*.csv")):
         inside = path.relative_to(folder)
-        if path not in known and not any(part.startswith(".") for part in inside.parts) and _is_curve(path):
+        if path not in known and not any(part.startswith(".") for part in inside.parts) and is_curve(path):
             name = inside.with_suffix("").as_posix()
             found.setdefault(name, About(plain_id(name), plain_id(name), name, csv=path))
     if not found:
@@ -233,7 +260,7 @@ def _read(folder: Path, path: Path) -> About | None:
             return None
         if not all(isinstance(facts[key], str) for key in ("id", "video_id", "name", "person")):
             return None
-        if not isinstance(facts["trained_on"], bool):
+        if not isinstance(facts["trained_on"], bool) or not isinstance(facts["exports"], dict):
             return None
         if not all(isinstance(facts[key], str | None) for key in (*_PATHS, "problem", "warning")):
             return None
@@ -257,7 +284,8 @@ def _read(folder: Path, path: Path) -> About | None:
     return about if about.csv is None or about.csv.is_file() else None
 
 
-def _is_curve(path: Path) -> bool:
+def is_curve(path: Path) -> bool:
+    """Whether its first line is that of a curve."""
     if not path.is_file():
         return False  # a pipe would be waited for
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -216,6 +217,49 @@ def test_other_formats_never_show_another_curve_than_the_csv(at, face):
     np.testing.assert_allclose(found["valence"], curve.track.values[:, 0], atol=1e-6)
     assert not (out / "clip.overlay.mp4").exists()
     assert "--overlay makes it again" in told
+
+
+def test_what_vacli_did_not_write_is_left_as_it_is(at, face):
+    own = at / "own"
+    (own / "media").mkdir(parents=True)
+    write_video(own / "talk.mp4", face, sound=TONE)
+    write_video(own / "old.avi", face, sound=TONE)  # whose copy would be media/old.mp4
+    write_video(own / "media" / "old.mp4", face[:4], sound=TONE)
+    write_video(own / "talk.overlay.mp4", face[:3], sound=TONE)
+    for name in ("talk.json", "talk.vtt", "talk.eaf"):
+        (own / name).write_text("mine")
+    before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
+    vacli("predict", "own", "--out", "own")
+    vacli("train", "--head", "linear", "--set", "train.epochs=1")
+    vacli("predict", "own", "--out", "own")  # another curve
+    told = vacli("predict", "own/talk.mp4", "--out", "own", "--format", "eaf", "--overlay", fails=True).output
+    assert "talk.eaf is not as vacli wrote it, and is left as it is" in told
+    assert {p: p.read_bytes() for p in before} == before
+    assert {a.id for a in recall(own)} == {"talk", "old", "media/old", "talk.overlay"}
+    (own / "talk.csv").write_text("mine\n")
+    told = vacli("predict", "own/talk.mp4", "--out", "own", fails=True).output
+    assert "talk.csv is no curve, and is left as it is" in told
+    assert (own / "talk.csv").read_text() == "mine\n"
+
+
+def test_the_bytes_say_whether_a_run_was_trained_on_a_video(at, face):
+    (at / "other").mkdir()
+    shutil.copy(at / "data" / "batch1" / "puppet_train_00.mp4", at / "other" / "renamed.mp4")
+    write_video(at / "other" / "puppet_train_01.mp4", face, sound=TONE)  # the name alone is that of one
+    vacli("predict", "other", "--no-report")
+    found = {about.id: about.trained_on for about in recall(at / "predictions")}
+    assert found == {"renamed": True, "puppet_train_01": False}
+
+
+def test_a_curve_of_another_video_of_that_name_is_told_before_it_goes(at, face):
+    for day in ("monday", "tuesday"):
+        (at / day).mkdir()
+        write_video(at / day / "clip.mp4", face if day == "monday" else face[::-1], sound=TONE)
+        told = vacli("predict", day, "--no-report").output
+    assert "clip.csv was of another video, clip.mp4; another --out keeps both" in told
+    assert "was of another" not in vacli("predict", "tuesday", "--no-report").output
+    both = vacli("predict", "monday", "tuesday", "--out", "both", "--json", "--no-report").stdout
+    assert [one["name"] for one in json.loads(both)] == ["monday/clip.mp4", "tuesday/clip.mp4"]
 
 
 def test_live_lines_are_the_curve_of_the_whole_video_as_one_line(at, face):
