@@ -169,10 +169,14 @@ def test_a_copy_is_made_once_and_again_when_the_video_is_another(tmp_path):
     assert len(times(copy)) == 7
 
 
-def test_what_lies_in_the_copys_place_and_is_none_is_replaced(tmp_path):
+@pytest.mark.parametrize("is_film", [True, False])
+def test_what_lies_in_the_copys_place_and_is_not_ours_is_left_as_it_is(is_film, tmp_path):
     video, copy = film(tmp_path / "a.avi"), tmp_path / "copy.mp4"
-    copy.write_text("no video")
-    assert len(times(playable(video, copy, Video))) == 10
+    film(copy) if is_film else copy.write_text("no video")
+    before = copy.read_bytes()
+    with pytest.raises(VacliError, match="vacli did not make, and is left as it is"):
+        playable(video, copy, Video)
+    assert copy.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all\n" * 99])

@@ -221,7 +221,7 @@ def test_a_renamed_video_is_not_made_anew_and_its_old_name_is_not_told(folder, s
     (folder / "still.mp4").rename(folder / "quiet.mp4")
     quiet = run(folder, store, "logmel")["quiet"]
     assert quiet.computed == []
-    assert quiet.problem == f"{folder / 'quiet.mp4'}: it has no sound; its curve rests on the picture alone"
+    assert quiet.problem == f"{folder / 'quiet.mp4'}: it has no sound, and nothing else of it is read"
     assert "still" not in (quiet.warning or "")
 
 
