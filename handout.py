@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .temporal.predict import Run
 
 
+_WRITING = ""  # in the place of the digest of an export
+
+
 class HandOut:
     """Makes the features that a run needs of videos, and hands out each curve as soon as they are stored.
 
@@ -67,9 +70,8 @@ class HandOut:
         samples = find_all(paths)
         self._labels = {s.id: s.annotation for s in samples if s.annotation}
         samples = [replace(s, annotation=None) for s in of_person(samples, person)]  # a curve needs no label
-        run = (
-            self._found.first if isinstance(self._found, Folds) else self._found
-        )  # what one fold needs, all need
+        # what one fold needs, all need
+        run = self._found.first if isinstance(self._found, Folds) else self._found
         encoders = encoders_of(run, self._store.fingerprints, options)
         say_notes(encoders)
         self._run = {**_run_facts(self._found, self._smooth), "notes": _notes(encoders)}
@@ -142,11 +144,13 @@ class HandOut:
             if not is_asked and (format not in ours or not beside.is_file()):
                 ours.pop(format, None)
                 continue
-            if beside.is_file() and ours.get(format) != _sha256(beside):
+            if beside.is_file() and ours.get(format) not in (_WRITING, _sha256(beside)):
                 ours.pop(format, None)
                 if is_asked:
                     trouble.append(f"{beside} is not as vacli wrote it, and is left as it is: move it")
                 continue
+            ours[format] = _WRITING  # known for ours by the next call, if this one is killed or fails
+            remember(self._out, replace(about, exports=ours))
             try:
                 exports.write(beside, curve, about, format)
                 ours[format] = _sha256(beside)
@@ -221,7 +225,7 @@ class HandOut:
 
     def _remember_problems(self, outcomes: list[Outcome]) -> None:
         """Of those without a curve, and what went wrong after a curve was written."""
-        from .store.curves import remember
+        from .store.curves import recall_one, remember
 
         for outcome in outcomes:
             known = self.abouts.get(outcome.sample.id)
@@ -231,7 +235,8 @@ class HandOut:
                         printable(f"note: {older} is of an earlier call, when that video could be read"),
                         err=True,
                     )
-                about = self._about(outcome, known.csv if known else None, known.exports if known else {})
+                earlier = known or recall_one(self._out, outcome.sample.id)
+                about = self._about(outcome, known.csv if known else None, earlier.exports if earlier else {})
                 self.abouts[about.id] = about
                 remember(self._out, about)
 

@@ -7,8 +7,11 @@ import csv
 import errno
 import json
 import os
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +25,8 @@ from .track import Track
 HEADER = ("frame", "time_s", "valence", "arousal", "face", "person", "valence_std", "arousal_std")
 RECORDS = ".vacli"  # the folder of the records, in a folder of curves
 _FORMAT = 1
+_PART = re.compile(r"\.[0-9a-f]{24}\.(\d+)\.part")
+_LEFT_S = 3600
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATHS = ("video", "labels", "csv")  # of a record
 _LONGEST_NAME = 4096  # bytes, and those of a path on Linux
@@ -149,7 +154,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     written so can be made again. Its folder is made. Raises VacliError if it cannot be written.
     """
     aside = path.with_name(f".{folder_of(path.name)}.{os.getpid()}.part")  # a long name has no room for more
-    _sweep(path)
+    _sweep(path.parent)
     as_text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,12 +169,16 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             aside.unlink()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of this file."""
-    for part in path.parent.glob(f".{folder_of(path.name)}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid.isdecimal() and int(pid) != os.getpid() and not _lives(int(pid)):
-            with contextlib.suppress(OSError):
+@lru_cache(maxsize=1024)
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left in the folder; once is enough, as to look costs a listing.
+
+    A number may be that of a process on another machine that shares the disk: what changed of late stays as well.
+    """
+    for part in folder.glob(".*.part"):
+        name = _PART.fullmatch(part.name)
+        with contextlib.suppress(OSError):
+            if name and time.time() - part.stat().st_mtime > _LEFT_S and not _lives(int(name[1])):
                 part.unlink()
 
 
@@ -226,7 +235,7 @@ def lies_in(folder: Path, path: Path) -> bool:
 
 
 def recall_one(folder: Path, id: str) -> About | None:
-    """The record of that id; None where there is none that can be read, or its CSV is gone."""
+    """The record of that id, also where its CSV is gone; None where there is none that can be read."""
     return _read(folder, folder / RECORDS / f"{folder_of(id)}.json")
 
 
@@ -239,7 +248,8 @@ def recall(folder: Path) -> list[About]:
     """
     folder = Path(folder)
     records = [path for path in folder.glob(f"{RECORDS}/*.json") if lies_in(folder, path)]
-    found = {about.id: about for about in (_read(folder, path) for path in records) if about}
+    read = [about for about in (_read(folder, path) for path in records) if about]
+    found = {about.id: about for about in read if about.csv is None or about.csv.is_file()}
     known = {about.csv for about in found.values()}
     for path in sorted(folder.rglob("*.csv")):
         inside = path.relative_to(folder)
@@ -281,7 +291,7 @@ def _read(folder: Path, path: Path) -> About | None:
     ):
         return None  # it would lead out of the folder
     about = About(**{**facts, **{key: folder / facts[key] for key in _PATHS if facts[key] is not None}})
-    return about if about.csv is None or about.csv.is_file() else None
+    return about
 
 
 def is_curve(path: Path) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -426,3 +429,22 @@ def test_whatever_stands_in_a_record_the_curves_are_recalled(tmp_path_factory, c
         assert isinstance(found.problem, str | None)
         for path in (found.video, found.labels):
             assert path is None or b"\0" not in os.fsencode(path)  # a path that can be asked for
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    name, old_s = folder_of("x.csv"), time.time() - 7200
+    parts = {
+        "left": tmp_path / f".{name}.{gone.pid}.part",
+        "of a living process": tmp_path / f".{name}.{os.getppid()}.part",
+        "of another machine": tmp_path / f".{folder_of('y.csv')}.{gone.pid}.part",
+        "somebody's": tmp_path / ".film.1.part",
+    }
+    for kind, part in parts.items():
+        part.write_text("")
+        if kind != "of another machine":
+            os.utime(part, (old_s, old_s))
+    with whole_file(tmp_path / "a.txt") as f:
+        f.write("whole")
+    assert {kind for kind, part in parts.items() if part.exists()} == parts.keys() - {"left"}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from vacli.cli import main
 from vacli.extract.datasets import find_all
 from vacli.extract.media import Video
 from vacli.store.curves import HEADER, read_csv, recall
@@ -242,6 +244,27 @@ def test_what_vacli_did_not_write_is_left_as_it_is(at, face):
     assert (own / "talk.csv").read_text() == "mine\n"
 
 
+def test_what_vacli_wrote_stays_its_own_though_a_call_was_killed_or_a_video_was_away(at, face, monkeypatch):
+    video = write_video(at / "clip.mp4", face, sound=TONE)
+    words = ("predict", "clip.mp4", "--no-report", "--format", "json", "--format", "eaf")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vacli.handout._sha256", killed)  # the first file is written, and nothing after it
+        assert CliRunner().invoke(main, words).exit_code == 130
+    assert (at / "predictions" / "clip.json").is_file()
+    vacli(*words)
+    video.rename(at / "away")
+    (at / "list.txt").write_text("clip.mp4\ndata/batch2/puppet_val_00.mp4\n")
+    vacli("predict", "list.txt", "--no-report", fails=True)
+    (at / "away").rename(video)
+    vacli(*words)
+    (at / "predictions" / "clip.csv").unlink()
+    vacli(*words)
+
+
 def test_the_bytes_say_whether_a_run_was_trained_on_a_video(at, face):
     (at / "other").mkdir()
     shutil.copy(at / "data" / "batch1" / "puppet_train_00.mp4", at / "other" / "renamed.mp4")
@@ -287,9 +310,6 @@ def test_live_lines_are_the_curve_of_the_whole_video_as_one_line(at, face):
     ],
 )
 def test_a_call_that_makes_no_sense_is_wrong_usage(at, words):
-    from click.testing import CliRunner
-    from vacli.cli import main
-
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2, result.output
     assert "Usage: " in result.output
